@@ -1,0 +1,48 @@
+"""The tensor-network IR: what a traced model is between the frontend and ONNX."""
+
+from tncompile.errors import SourceRef
+from tncompile.ir.core import (
+    Arg,
+    Array,
+    Axis,
+    Constant,
+    Index,
+    Network,
+    Node,
+    Opaque,
+    Program,
+    Ref,
+    Step,
+    Tensor,
+    Term,
+    Tree,
+    Value,
+    references,
+)
+from tncompile.ir.dims import Dim
+from tncompile.ir.evaluate import evaluate
+from tncompile.ir.verify import Stage, verify
+
+__all__ = [
+    "Arg",
+    "Array",
+    "Axis",
+    "Constant",
+    "Dim",
+    "Index",
+    "Network",
+    "Node",
+    "Opaque",
+    "Program",
+    "Ref",
+    "SourceRef",
+    "Stage",
+    "Step",
+    "Tensor",
+    "Term",
+    "Tree",
+    "Value",
+    "evaluate",
+    "references",
+    "verify",
+]

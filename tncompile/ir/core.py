@@ -1,0 +1,315 @@
+"""The tensor-network IR: indices, tensors, terms, networks, opaque nodes, programs. All immutable.
+
+A `Network` is a sum of terms, each one einsum over any number of tensors. Splits and merges of modes are
+not operations of their own: an axis of a tensor is a *group* of indices, ``x[batch, (i1 i2 i3)]``, read in
+row-major order, and the empty group ``()`` is an axis of size 1. A permute is an output that lists its
+indices in another order, an expand an output index that a term does not have, a bias a term made only of
+cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tncompile.errors import SourceRef
+from tncompile.ir import dims
+from tncompile.ir.dims import Dim
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Index:
+    """A named mode or bond; its size is an int, or a symbolic size (see `tncompile.ir.dims`)."""
+
+    name: str
+    size: Dim
+
+
+Axis = tuple[Index, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a network: a core where `data` is given, else an operand that flows in at run time.
+
+    `axes` has one group of indices for each physical axis. `name` is the weight's name, or the name of the
+    value that flows in. An index may stand twice in one tensor (its diagonal is meant).
+    """
+
+    name: str
+    axes: tuple[Axis, ...]
+    data: Array | None = None
+
+    @property
+    def is_core(self) -> bool:
+        """Whether the tensor is a constant known at compile time."""
+        return self.data is not None
+
+    @property
+    def indices(self) -> Axis:
+        """All indices, in row-major order."""
+        return tuple(index for axis in self.axes for index in axis)
+
+    @property
+    def shape(self) -> tuple[Dim, ...]:
+        """Sizes of the physical axes."""
+        return tuple(dims.product(i.size for i in axis) for axis in self.axes)
+
+    def array(self) -> Array:
+        """A core's data with one axis for each index."""
+        if self.data is None:
+            raise ValueError(f"{self.name} is an operand and has no data")
+        return self.data.reshape([int(i.size) for i in self.indices])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        return (self.name, self.axes) == (other.name, other.axes) and same_array(self.data, other.data)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.axes))
+
+
+def same_array(a: Array | None, b: Array | None) -> bool:
+    """Equal dtype, shape and elements (NaN equals NaN), or both None."""
+    if a is None or b is None:
+        return a is b
+    if a is b:
+        return True
+    return a.dtype == b.dtype and a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
+
+
+Tree = int | tuple[Any, ...]
+"""A contraction order: a tensor's position, or a tuple of trees contracted from left to right."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pairwise contraction of a scheduled term.
+
+    `left` and `right` number the tensors of the term first, then the results of earlier steps. `form` says
+    how it is computed (see `tncompile.cost.schedule`); `order` is the order of the result's indices.
+    """
+
+    left: int
+    right: int
+    form: str
+    order: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One einsum of a network: every index that the network's output does not have is summed.
+
+    `order` is the order of contraction (as traced, until the pass `order` has chosen one); `steps` is its
+    schedule, set by that pass.
+    """
+
+    tensors: tuple[Tensor, ...]
+    order: Tree = ()
+    steps: tuple[Step, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.order == ():
+            object.__setattr__(self, "order", left_to_right(range(len(self.tensors))))
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The tensors that flow in at run time."""
+        return tuple(t for t in self.tensors if not t.is_core)
+
+    @property
+    def cores(self) -> tuple[Tensor, ...]:
+        """The constant tensors."""
+        return tuple(t for t in self.tensors if t.is_core)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the term has cores only."""
+        return not self.operands
+
+    @property
+    def indices(self) -> dict[str, Index]:
+        """All indices of the term's tensors, by name, in order of first use."""
+        return {i.name: i for t in self.tensors for i in t.indices}
+
+
+def left_to_right(positions: Any) -> Tree:
+    """The order ``(((0, 1), 2), 3)``."""
+    tree: Tree | None = None
+    for position in positions:
+        tree = position if tree is None else (tree, position)
+    return () if tree is None else tree
+
+
+@dataclass(frozen=True)
+class Network:
+    """``output[...] = sum of terms``, each an einsum; a term without some output index is broadcast over it.
+
+    `output` names the value and groups its indices into physical axes; `name` is the layer it stands for.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    output: Tensor
+    dtype: str
+    source: SourceRef = field(default=SourceRef(), compare=False)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of all terms."""
+        return tuple(t for term in self.terms for t in term.tensors)
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """Tensors that flow in, one for each use."""
+        return tuple(t for t in self.tensors if not t.is_core)
+
+    @property
+    def cores(self) -> tuple[Tensor, ...]:
+        """Constant tensors, one for each use."""
+        return tuple(t for t in self.tensors if t.is_core)
+
+    @property
+    def indices(self) -> dict[str, Index]:
+        """All indices by name, those of the output first."""
+        return {i.name: i for i in (*self.output.indices, *(i for t in self.tensors for i in t.indices))}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values read, each once, in order of first use."""
+        return tuple(dict.fromkeys(t.name for t in self.operands))
+
+    @property
+    def value(self) -> Value:
+        """The value that the network computes."""
+        return Value(self.output.name, self.dtype, self.output.shape)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A named value: dtype as numpy spells it and shape, or dtype ``"scalar"`` / ``"tuple"`` and no shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An argument of an opaque node that names a value or a weight."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An argument that only torch knows how to write, such as ``torch.float32``, by its spelling."""
+
+    spelling: str
+
+
+Arg = Ref | Constant | int | float | bool | str | None | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A traced operation that is not multilinear, kept whole: ``target(*args, **kwargs)``.
+
+    `target` is torch's name of the overload (``"aten.relu.default"``) or of a Python operator
+    (``"operator.getitem"``).
+    """
+
+    name: str
+    target: str
+    args: tuple[Arg, ...]
+    kwargs: tuple[tuple[str, Arg], ...]
+    output: Value
+    source: SourceRef = field(default=SourceRef(), compare=False)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of values and weights read, each once."""
+        return tuple(dict.fromkeys(r.name for r in references((*self.args, *(v for _, v in self.kwargs)))))
+
+    @property
+    def value(self) -> Value:
+        """The value that the operation computes."""
+        return self.output
+
+
+def references(arg: Arg) -> Iterator[Ref]:
+    """All the references inside an argument."""
+    if isinstance(arg, Ref):
+        yield arg
+    elif isinstance(arg, tuple):
+        for item in arg:
+            yield from references(item)
+
+
+Node = Network | Opaque
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced model: inputs, nodes in order of execution, outputs, and the weights that opaque nodes read.
+
+    `outputs` pairs each public name with the value it shows. `weights` are shared by reference with every
+    edit of the program and are never written to.
+    """
+
+    inputs: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[tuple[str, str], ...]
+    weights: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """The tensor-network nodes."""
+        return tuple(n for n in self.nodes if isinstance(n, Network))
+
+    @cached_property
+    def values(self) -> dict[str, Value]:
+        """Every input and every node's value, by name."""
+        return {v.name: v for v in (*self.inputs, *(n.value for n in self.nodes))}
+
+    @cached_property
+    def uses(self) -> dict[str, int]:
+        """How often each value is read, by a node (once for each use in a network) or as an output."""
+        count: dict[str, int] = {}
+        for node in self.nodes:
+            names = [t.name for t in node.operands] if isinstance(node, Network) else node.inputs
+            for name in names:
+                count[name] = count.get(name, 0) + 1
+        for _, name in self.outputs:
+            count[name] = count.get(name, 0) + 1
+        return count
+
+    @cached_property
+    def arrays(self) -> dict[str, Array]:
+        """Every weight and every core's data, by name."""
+        cores = {t.name: t.data for n in self.networks for t in n.cores if t.data is not None}
+        return {**self.weights, **cores}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Program):
+            return NotImplemented
+        return (
+            (self.inputs, self.nodes, self.outputs) == (other.inputs, other.nodes, other.outputs)
+            and self.weights.keys() == other.weights.keys()
+            and all(same_array(a, other.weights[k]) for k, a in self.weights.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        from tncompile.ir import text
+
+        return text.dump(self)

@@ -1,0 +1,281 @@
+"""Edits of networks: rename and split indices, put one network into another, merge cores. All return new values."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tncompile.ir import dims
+from tncompile.ir.core import Axis, Index, Network, Program, Tensor, Term, Tree
+from tncompile.ir.evaluate import flatten, merge
+
+
+class CannotEdit(Exception):
+    """An edit that does not apply; its text is the reason, for the report."""
+
+
+def substitute_tensor(tensor: Tensor, mapping: Mapping[str, Axis]) -> Tensor:
+    """Put a group of indices in the place of each index that `mapping` names."""
+    axes = tuple(tuple(new for index in axis for new in mapping.get(index.name, (index,))) for axis in tensor.axes)
+    return tensor if axes == tensor.axes else replace(tensor, axes=axes)
+
+
+def substitute(network: Network, mapping: Mapping[str, Axis]) -> Network:
+    """Replace indices everywhere in a network: a rename (one for one) or a split (one for several)."""
+    if not mapping:
+        return network
+    terms = tuple(
+        replace(t, tensors=tuple(substitute_tensor(x, mapping) for x in t.tensors)) for t in network.terms
+    )
+    return replace(network, terms=terms, output=substitute_tensor(network.output, mapping))
+
+
+def fresh(name: str, taken: Collection[str]) -> str:
+    """`name`, or `name` with the first number that makes it new."""
+    if name not in taken:
+        return name
+    stem = re.sub(r"_?\d+$", "", name) or name
+    join = "_" if stem[-1:].isdigit() else ""
+    return next(n for k in itertools.count(1) if (n := f"{stem}{join}{k}") not in taken)
+
+
+def fresh_indices(network: Network, taken: Collection[str]) -> Network:
+    """Rename a network's indices so that none is in `taken`."""
+    used = {*taken}
+    mapping: dict[str, Axis] = {}
+    for index in network.indices.values():
+        name = fresh(index.name, used)
+        used.add(name)
+        if name != index.name:
+            mapping[index.name] = (Index(name, index.size),)
+    # two steps, as a new name may be another index's old one
+    aside = {old: (Index(f"{new[0].name}\0", new[0].size),) for old, new in mapping.items()}
+    back = {new[0].name: (Index(new[0].name[:-1], new[0].size),) for new in aside.values()}
+    return substitute(substitute(network, aside), back)
+
+
+def refine(a: Axis, b: Axis, taken: Collection[str]) -> tuple[dict[str, Axis], dict[str, Axis]]:
+    """Split the indices of two groups of equal total size until they agree, position by position.
+
+    Returns the splits of `a` and of `b`; after both, the groups have the same sizes in the same order. An
+    index of size 1 without a partner is split into nothing. CannotEdit where the sizes do not nest (4·6
+    against 3·8).
+    """
+    used = {*taken}
+
+    def split(index: Index, sizes: Sequence[dims.Dim]) -> Axis:
+        if len(sizes) == 1:
+            return (index,)
+        parts = []
+        for size in sizes:
+            parts.append(Index(fresh(f"{index.name}_1", used), size))
+            used.add(parts[-1].name)
+        return tuple(parts)
+
+    sizes_a: list[list[dims.Dim]] = [[] for _ in a]
+    sizes_b: list[list[dims.Dim]] = [[] for _ in b]
+    rest_a = [i.size for i in a]
+    rest_b = [i.size for i in b]
+    p = q = 0
+    while p < len(a) or q < len(b):
+        left = rest_a[p] if p < len(a) else None
+        right = rest_b[q] if q < len(b) else None
+        if 1 in (left, right) and left != right:
+            p += left == 1
+            q += right == 1
+            continue
+        if left is None or right is None:
+            raise CannotEdit(f"modes of sizes {_sizes(a)} and {_sizes(b)} do not nest")
+        if left == right:
+            taken_size, rest_a[p], rest_b[q] = left, 1, 1
+        elif (over := dims.divide(left, right)) is not None:
+            taken_size, rest_a[p], rest_b[q] = right, over, 1
+        elif (over := dims.divide(right, left)) is not None:
+            taken_size, rest_a[p], rest_b[q] = left, 1, over
+        else:
+            raise CannotEdit(f"modes of sizes {_sizes(a)} and {_sizes(b)} do not nest")
+        sizes_a[p].append(taken_size)
+        sizes_b[q].append(taken_size)
+        p += rest_a[p] == 1
+        q += rest_b[q] == 1
+    return (
+        {i.name: split(i, s) for i, s in zip(a, sizes_a, strict=True) if len(s) != 1},
+        {i.name: split(i, s) for i, s in zip(b, sizes_b, strict=True) if len(s) != 1},
+    )
+
+
+def _sizes(axis: Axis) -> str:
+    return "·".join(str(i.size) for i in axis) or "1"
+
+
+def inline(consumer: Network, producer: Network, max_terms: int = 64) -> Network:
+    """Put `producer` in the place of its value inside `consumer`: the two networks become one.
+
+    ``producer: h = x[b, i] W[i, h]``, ``consumer: y = h[b, (h1 h2)] V[h2, o]`` gives
+    ``y = x[b, i] W[i, (h1 h2)] V[h2, o]``. Sums multiply out, so biases pass through the layers behind them.
+    CannotEdit where the modes do not nest or the result would have more than `max_terms` terms.
+    """
+    value = producer.output.name
+    consumer = _align(consumer, producer)
+    terms: list[Term] = []
+    for term in consumer.terms:
+        uses = [k for k, t in enumerate(term.tensors) if t.name == value and not t.is_core]
+        for choice in itertools.product(range(len(producer.terms)), repeat=len(uses)):
+            terms.append(_expand(term, dict(zip(uses, choice, strict=True)), producer, consumer))
+            if len(terms) > max_terms:
+                raise CannotEdit(f"more than {max_terms} terms")
+    return replace(consumer, terms=tuple(terms))
+
+
+def _align(consumer: Network, producer: Network) -> Network:
+    """Split the consumer's indices as far as the producer's output demands (and never the other way round)."""
+    while True:
+        for tensor in consumer.operands:
+            if tensor.name != producer.output.name:
+                continue
+            for axis, other in zip(tensor.axes, producer.output.axes, strict=True):
+                splits, _ = refine(axis, other, consumer.indices)
+                if splits:
+                    consumer = substitute(consumer, splits)
+                    break
+            else:
+                continue
+            break
+        else:
+            return consumer
+
+
+def _expand(term: Term, choice: Mapping[int, int], producer: Network, consumer: Network) -> Term:
+    """One term of the product: each use of the producer replaced by one of the producer's terms."""
+    groups: list[list[Tensor]] = []
+    orders: list[Tree] = []
+    used = {*consumer.indices}
+    lost: list[Index] = []
+    for position, tensor in enumerate(term.tensors):
+        if position not in choice:
+            groups.append([tensor])
+            orders.append(0)
+            continue
+        copy = fresh_indices(producer, used)
+        mapping: dict[str, Axis] = {}
+        for axis, other in zip(tensor.axes, copy.output.axes, strict=True):
+            _, splits = refine(axis, other, used | {*copy.indices})
+            copy = substitute(copy, splits)
+        for axis, other in zip(tensor.axes, copy.output.axes, strict=True):
+            mapping |= {theirs.name: (ours,) for ours, theirs in zip(axis, other, strict=True)}
+        copy = substitute(copy, mapping)
+        chosen = copy.terms[choice[position]]
+        used |= {*copy.indices}
+        lost += [i for i in tensor.indices if i.name not in chosen.indices]
+        groups.append(list(chosen.tensors))
+        orders.append(chosen.order)
+
+    tensors = [t for group in groups for t in group]
+    offsets = list(itertools.accumulate((len(g) for g in groups), initial=0))
+    order = map_tree(term.order, lambda p: map_tree(orders[p], lambda q: q + offsets[p]))
+    # the sum over an index that nothing is left to carry is a factor of its size
+    present = {i.name for t in tensors for i in t.indices} | {i.name for i in consumer.output.indices}
+    for index in dict.fromkeys(lost):
+        if index.name in present or index.size == 1:
+            continue
+        if not isinstance(index.size, int):
+            raise CannotEdit(f"a sum over the symbolic size {index.size} of a value that does not depend on it")
+        tensors.append(Tensor(f"size_{index.size}", (), np.asarray(index.size, consumer.dtype)))
+        order = (order, len(tensors) - 1)
+    return Term(tuple(tensors), order)
+
+
+def map_tree(tree: Tree, leaf: Callable[[int], Tree]) -> Tree:
+    """Replace every leaf of an order."""
+    return leaf(tree) if isinstance(tree, int) else tuple(map_tree(branch, leaf) for branch in tree)
+
+
+def drop_tensors(term: Term, positions: Collection[int]) -> Term:
+    """A term without some of its tensors, the others renumbered in its order."""
+    kept = [p for p in range(len(term.tensors)) if p not in positions]
+    number = {old: new for new, old in enumerate(kept)}
+
+    def visit(tree: Tree) -> Tree | None:
+        if isinstance(tree, int):
+            return number.get(tree)
+        branches = [b for b in map(visit, tree) if b is not None]
+        return branches[0] if len(branches) == 1 else tuple(branches) or None
+
+    order = visit(term.order)
+    return Term(tuple(term.tensors[p] for p in kept), () if order is None else order)
+
+
+def outside(term: Term, positions: Collection[int], output: Iterable[Index]) -> set[str]:
+    """Names of the indices that something other than the tensors at `positions` needs."""
+    others = (t for p, t in enumerate(term.tensors) if p not in positions)
+    return {i.name for t in others for i in t.indices} | {i.name for i in output}
+
+
+def merged_axes(term: Term, positions: Collection[int], output: Iterable[Index]) -> tuple[Index, ...]:
+    """The indices that the contraction of some tensors of a term keeps, in order of first use."""
+    needed = outside(term, positions, output)
+    found = {i.name: i for p in sorted(positions) for i in term.tensors[p].indices}
+    return tuple(i for name, i in found.items() if name in needed)
+
+
+def merge_tensors(term: Term, positions: Collection[int], output: Iterable[Index], dtype: str) -> Term:
+    """Contract some cores of a term into one, which takes the place of the first of them.
+
+    The contraction runs in float64, in the order of the term, and is rounded once.
+    """
+    chosen = sorted(positions)
+    cores = [term.tensors[p] for p in chosen]
+    keep = merged_axes(term, chosen, output)
+    number = {old: new for new, old in enumerate(chosen)}
+    order = drop_tensors(replace(term, steps=None), set(range(len(term.tensors))) - set(chosen)).order
+    data = merge([term.tensors[p] for p in number], order, keep).astype(dtype)
+    core = Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data)
+    placed = replace(term, tensors=(*term.tensors[: chosen[0]], core, *term.tensors[chosen[0] + 1 :]), steps=None)
+    return drop_tensors(placed, set(chosen[1:]))
+
+
+def merged_name(names: Sequence[str]) -> str:
+    """``fc.factor_0*factor_1`` for the product of ``fc.factor_0`` and ``fc.factor_1``."""
+    parts = list(dict.fromkeys(part for name in names for part in _factors_of(name)))
+    stem = parts[0].rpartition(".")[0]
+    short = [parts[0], *(p.removeprefix(f"{stem}.") if stem else p for p in parts[1:])]
+    return "*".join(short) if len(short) <= 6 else f"{short[0]}*...{len(short) - 2}...*{short[-1]}"
+
+
+def _factors_of(name: str) -> list[str]:
+    first, *rest = name.split("*")
+    stem = first.rpartition(".")[0]
+    return [first, *(r if "." in r or not stem else f"{stem}.{r}" for r in rest)]
+
+
+def unique_cores(program: Program) -> Program:
+    """Rename cores so that one name means one array, as the verifier demands."""
+    owner: dict[str, object] = dict(program.weights)
+    by_id: dict[int, str] = {id(a): n for n, a in program.weights.items()}
+    nodes = []
+    for node in program.nodes:
+        if isinstance(node, Network):
+            terms = []
+            for term in node.terms:
+                tensors = []
+                for t in term.tensors:
+                    if t.data is not None and owner.setdefault(t.name, t.data) is not t.data:
+                        name = by_id.get(id(t.data)) or fresh(f"{t.name}_1", owner)
+                        owner[name] = t.data
+                        t = replace(t, name=name)
+                    if t.data is not None:
+                        by_id.setdefault(id(t.data), t.name)
+                    tensors.append(t)
+                terms.append(replace(term, tensors=tuple(tensors)))
+            node = replace(node, terms=tuple(terms))
+        nodes.append(node)
+    return replace(program, nodes=tuple(nodes))
+
+
+def positions_of(order: Tree) -> tuple[int, ...]:
+    """The tensors an order contracts, from left to right."""
+    return flatten(order)

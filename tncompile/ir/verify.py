@@ -1,0 +1,105 @@
+"""The invariants of a program, checked before and after every pass."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from tncompile.errors import VerificationError
+from tncompile.ir.core import Array, Network, Opaque, Program, Tensor, Term, Value
+from tncompile.ir.evaluate import flatten
+
+Stage = Literal["traced", "scheduled"]
+
+
+def verify(program: Program, stage: Stage = "traced") -> None:
+    """Raise VerificationError at the first broken invariant.
+
+    Any stage: values are defined once and before use, with the shapes and dtypes their readers expect; an
+    index has one size in a network; cores have the shape and dtype of their axes; one name is one array;
+    orders name every tensor of their term once. Stage ``scheduled``: every term that has operands also has
+    the steps that compute it.
+    """
+    defined: dict[str, Value] = {}
+    for value in program.inputs:
+        _define(value, defined, None)
+    arrays: dict[str, Array] = dict(program.weights)
+    for node in program.nodes:
+        for name in node.inputs:
+            if name not in defined and not (isinstance(node, Opaque) and name in program.weights):
+                raise _error(node, f"reads {name!r}, which nothing before it defines")
+        if isinstance(node, Network):
+            _verify_network(node, defined, arrays, stage)
+        _define(node.value, defined, node)
+    for public, name in program.outputs:
+        if name not in defined:
+            raise VerificationError(f"output {public!r} shows {name!r}, which nothing defines")
+
+
+def _error(node: Network | Opaque | None, message: str) -> VerificationError:
+    if node is None:
+        return VerificationError(message)
+    from tncompile.ir import text
+
+    return VerificationError(f"{node.name or node.value.name}: {message}\n{text.dump_node(node)}", node.source)
+
+
+def _define(value: Value, defined: dict[str, Value], node: Network | Opaque | None) -> None:
+    if value.name in defined:
+        raise _error(node, f"value {value.name!r} is defined twice")
+    defined[value.name] = value
+
+
+def _verify_network(network: Network, defined: dict[str, Value], arrays: dict[str, Array], stage: Stage) -> None:
+    sizes: dict[str, object] = {}
+    for tensor in (network.output, *network.tensors):
+        for index in tensor.indices:
+            if sizes.setdefault(index.name, index.size) != index.size:
+                raise _error(network, f"index {index.name} has sizes {sizes[index.name]} and {index.size}")
+    names = [i.name for i in network.output.indices]
+    if len({*names}) < len(names):
+        raise _error(network, "an output index stands twice")
+    if not network.terms:
+        raise _error(network, "no terms")
+    present = {i.name for t in network.tensors for i in t.indices}
+    for index in network.output.indices:
+        if index.name not in present and not isinstance(index.size, int):
+            raise _error(network, f"output index {index.name} of symbolic size is on no tensor")
+    for tensor in network.tensors:
+        _verify_tensor(network, tensor, defined, arrays)
+    for term in network.terms:
+        if not term.tensors or sorted(flatten(term.order)) != list(range(len(term.tensors))):
+            raise _error(network, f"order {term.order} does not name each of {len(term.tensors)} tensors once")
+        if stage == "scheduled" and not term.is_constant:
+            _verify_steps(network, term)
+
+
+def _verify_tensor(network: Network, tensor: Tensor, defined: dict[str, Value], arrays: dict[str, Array]) -> None:
+    if tensor.data is None:
+        value = defined[tensor.name]
+        if value.shape != tensor.shape:
+            raise _error(network, f"{tensor.name} has shape {value.shape}, its axes say {tensor.shape}")
+        if value.dtype != network.dtype:
+            raise _error(network, f"{tensor.name} is {value.dtype}, the network {network.dtype}")
+        return
+    if tensor.data.shape != tensor.shape:
+        raise _error(network, f"core {tensor.name} has shape {tensor.data.shape}, its axes say {tensor.shape}")
+    if tensor.data.dtype != np.dtype(network.dtype):
+        raise _error(network, f"core {tensor.name} is {tensor.data.dtype}, the network {network.dtype}")
+    if arrays.setdefault(tensor.name, tensor.data) is not tensor.data:
+        raise _error(network, f"the name {tensor.name} stands for two arrays")
+
+
+def _verify_steps(network: Network, term: Term) -> None:
+    if term.steps is None:
+        raise _error(network, "a term has no schedule")
+    live = set(range(len(term.tensors)))
+    for number, step in enumerate(term.steps, start=len(term.tensors)):
+        for side in {step.left, step.right}:
+            if side not in live:
+                raise _error(network, f"step {number} reads {side}, which is not there (any more)")
+            live.remove(side)
+        live.add(number)
+    if len(live) != 1:
+        raise _error(network, f"the schedule leaves {len(live)} tensors, not one")
