@@ -1,0 +1,405 @@
+"""torch.export graph -> Program: every multilinear operation becomes a network, the rest stays opaque."""
+
+from __future__ import annotations
+
+import operator
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+
+from tncompile.errors import SourceRef, UnsupportedError
+from tncompile.frontend.multilinear import Equation, NotMultilinear, Product, Reshape, operator_name, translate
+from tncompile.frontend.trace import whole_einsums
+from tncompile.ir import dims
+from tncompile.ir.core import (
+    Arg,
+    Array,
+    Axis,
+    Constant,
+    Index,
+    Network,
+    Node,
+    Opaque,
+    Program,
+    Ref,
+    Tensor,
+    Term,
+    Value,
+)
+from tncompile.ir.edit import CannotEdit, fresh, refine, substitute, unique_cores
+
+NETWORK_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16"}
+_REFUSED = {torch.bfloat16, torch.complex32, torch.complex64, torch.complex128}
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A model as it came in: the functional torch.export graph, and the program imported from it.
+
+    `exported` is the reference that a compiled model is checked against, and what the opaque nodes are
+    lowered from. `sizes` has the example's size of every symbolic dimension.
+    """
+
+    exported: torch.export.ExportedProgram
+    program: Program
+    sizes: Mapping[str, int]
+    symbols: Mapping[str, str] = field(default_factory=dict)
+
+
+def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
+    """Import an exported program. UnsupportedError where the model cannot be compiled."""
+    if exported.graph_signature.buffers_to_mutate or getattr(
+        exported.graph_signature, "user_inputs_to_mutate", None
+    ):
+        names = [*exported.graph_signature.buffers_to_mutate.values()]
+        raise UnsupportedError(
+            f"the model writes to {', '.join(names) or 'an input'} when it runs; "
+            "export it in inference mode (model.eval()), with state as inputs and outputs"
+        )
+    with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        functional = exported.run_decompositions({})
+    return _Importer(functional).run()
+
+
+class _Importer:
+    """One import; holds what is known so far of each fx node."""
+
+    def __init__(self, exported: torch.export.ExportedProgram) -> None:
+        self.exported = exported
+        self.weights: dict[str, Array] = {}
+        self.tensors: dict[str, torch.Tensor] = {}  # constants, by fx name
+        self.weight_of: dict[str, str] = {}  # fx name of a constant -> name of the weight
+        self.by_storage: dict[Any, str] = {}
+        self.nodes: list[Node] = []
+        self.inputs: list[Value] = []
+        self.symbols: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self.lazy: dict[str, torch.fx.Node] = {}  # constant nodes not evaluated (yet)
+
+    def run(self) -> TracedModel:
+        graph = self.exported.graph_module.graph
+        placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+        specs = self.exported.graph_signature.input_specs
+        self._name_symbols([placeholders[s.arg.name] for s in specs if s.kind == InputKind.USER_INPUT])
+        for spec in specs:
+            self._placeholder(placeholders[spec.arg.name], spec)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self._call(node)
+            elif node.op not in ("placeholder", "output"):
+                raise UnsupportedError(f"{node.op} of {node.target} in the traced graph", source_of(node))
+        outputs = self._outputs()
+        program = Program(tuple(self.inputs), tuple(self.nodes), outputs, self._used_weights(outputs))
+        return TracedModel(self.exported, unique_cores(program), self.sizes, self.symbols)
+
+    # -------------------------------------------------------------------------------- inputs
+
+    def _name_symbols(self, inputs: Sequence[torch.fx.Node]) -> None:
+        """Call the first input's first dynamic mode ``batch``; other symbols keep torch's names."""
+        for node in inputs:
+            value = node.meta.get("val")
+            if not isinstance(value, torch.Tensor):
+                continue
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, int):
+                    continue
+                for symbol in sorted(map(str, size.node.expr.free_symbols)):
+                    batch = axis == 0 and "batch" not in self.symbols.values()
+                    self.symbols.setdefault(symbol, "batch" if batch else symbol)
+                hint = size.node.hint if size.node.has_hint() else None
+                if str(size.node.expr) in self.symbols:
+                    self.sizes.setdefault(self.symbols[str(size.node.expr)], int(hint) if hint is not None else 2)
+
+    def _placeholder(self, node: torch.fx.Node, spec: Any) -> None:
+        if spec.kind == InputKind.USER_INPUT:
+            value = node.meta.get("val")
+            if not isinstance(spec.arg, TensorArgument) or not isinstance(value, torch.Tensor):
+                if node.users:
+                    raise UnsupportedError(f"input {node.name} is not a tensor; make it part of the model")
+                return
+            self.inputs.append(Value(node.name, self._dtype(value, f"input {node.name}"), self._shape(value)))
+            return
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            raise UnsupportedError(f"the model holds {spec.arg.name}, which is not a tensor")
+        name = str(spec.target)
+        store = self.exported.state_dict if spec.target in self.exported.state_dict else self.exported.constants
+        if node.users:
+            self._add_constant(node.name, name, store[spec.target])
+
+    def _add_constant(self, fx_name: str, name: str, tensor: torch.Tensor) -> None:
+        tensor = tensor.detach()
+        self._dtype(tensor, f"weight {name}")
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.numel() == 0)
+        if tensor.numel() and key in self.by_storage:  # tied weights stay one
+            name = self.by_storage[key]
+        else:
+            name = fresh(name, self.weights)
+            self.weights[name] = tensor.contiguous().numpy()
+            self.by_storage[key] = name
+        self.tensors[fx_name] = tensor
+        self.weight_of[fx_name] = name
+
+    def _dtype(self, tensor: torch.Tensor, what: str) -> str:
+        if tensor.dtype in _REFUSED or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            advice = "store it in a real dtype" if tensor.dtype.is_complex else "convert the model with model.float()"
+            raise UnsupportedError(f"{what} has dtype {kind}, which is not supported; {advice}")
+        try:
+            return str(np.dtype(str(tensor.dtype).removeprefix("torch.")))
+        except TypeError:
+            raise UnsupportedError(f"{what} has dtype {tensor.dtype}, which is not supported") from None
+
+    def _dim(self, size: Any) -> dims.Dim:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression.is_Integer:
+            return int(expression)
+        parts: list[dims.Dim] = []
+        for factor in expression.as_ordered_factors():
+            text = str(factor)
+            if factor.is_Integer:
+                parts.append(int(factor))
+            elif factor.is_Symbol:
+                parts.append(self.symbols.get(text, text))
+            elif factor.is_Pow and factor.base.is_Symbol and factor.exp.is_Integer and factor.exp > 0:
+                parts += [self.symbols.get(str(factor.base), str(factor.base))] * int(factor.exp)
+            else:
+                renamed = re.sub(r"\b[A-Za-z_]\w*\b", lambda m: self.symbols.get(m[0], m[0]), text)
+                parts.append(f"({renamed})")
+        return dims.product(parts)
+
+    def _shape(self, tensor: torch.Tensor) -> tuple[dims.Dim, ...]:
+        return tuple(self._dim(s) for s in tensor.shape)
+
+    # -------------------------------------------------------------------------------- nodes
+
+    def _call(self, node: torch.fx.Node) -> None:
+        if operator_name(node) in ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range_for_size"):
+            return
+        constant = self._is_constant_call(node)
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            self._dtype(value, f"the result of {operator_name(node)}")
+        if constant:
+            self.lazy[node.name] = node
+        if isinstance(value, torch.Tensor) and value.dtype in NETWORK_DTYPES and _not_empty(value):
+            try:
+                self.nodes.append(self._network(node, value))
+                return
+            except (NotMultilinear, CannotEdit):
+                pass
+        if constant:
+            if isinstance(value, torch.Tensor):
+                self._add_constant(node.name, node.name, self._evaluate(node))
+            return
+        self.nodes.append(self._opaque(node))
+
+    def _is_constant_call(self, node: torch.fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        if random or (schema is not None and schema.is_mutable):
+            return False
+        return all(self._is_constant(n) for n in node.all_input_nodes)
+
+    def _is_constant(self, node: Any) -> bool:
+        return not isinstance(node, torch.fx.Node) or node.name in self.tensors or node.name in self.lazy
+
+    def _evaluate(self, node: torch.fx.Node) -> Any:
+        """The value of a constant node, computed by torch."""
+        if node.name not in self.tensors:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._evaluate)
+            with torch.no_grad():
+                self.tensors[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.tensors[node.name]
+
+    def _opaque(self, node: torch.fx.Node) -> Opaque:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            name = str(target)
+        elif getattr(target, "__module__", "") in ("_operator", "builtins", "math") or target is operator.getitem:
+            name = operator_name(node)
+        else:
+            raise UnsupportedError(f"the traced graph calls {target}, which cannot be exported", source_of(node))
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            output = Value(node.name, self._dtype(value, node.name), self._shape(value))
+        else:
+            output = Value(node.name, "tuple" if isinstance(value, (tuple, list)) else "scalar")
+        kwargs = tuple((k, self._arg(v)) for k, v in node.kwargs.items())
+        args = tuple(self._arg(a) for a in node.args)
+        return Opaque(layer_of(node) or node.name, name, args, kwargs, output, source_of(node))
+
+    def _arg(self, arg: Any) -> Arg:
+        if isinstance(arg, torch.fx.Node):
+            if arg.name in self.weight_of:
+                return Ref(self.weight_of[arg.name])
+            return Ref(arg.name)
+        if isinstance(arg, (list, tuple)):
+            return tuple(self._arg(a) for a in arg)
+        if arg is None or isinstance(arg, (bool, int, float, str)):
+            return arg
+        if isinstance(arg, torch.device):
+            return Constant(f"torch.device({arg.type!r})")
+        if isinstance(arg, (torch.dtype, torch.layout, torch.memory_format)):
+            return Constant(str(arg))
+        raise UnsupportedError(f"an argument of type {type(arg).__name__} in the traced graph")
+
+    # -------------------------------------------------------------------------------- networks
+
+    def _network(self, node: torch.fx.Node, value: torch.Tensor) -> Network:
+        translation = translate(node, self._evaluate, self._is_constant)
+        shape = self._shape(value)
+        if isinstance(translation, Reshape):
+            return self._reshape(node, translation.source, shape)
+        return self._from_equation(node, translation, shape, NETWORK_DTYPES[value.dtype])
+
+    def _from_equation(
+        self, node: torch.fx.Node, equation: Equation, shape: tuple[dims.Dim, ...], dtype: str
+    ) -> Network:
+        sizes: dict[Any, dims.Dim] = {}
+        for label, size in [*_labelled(equation, self._shape_of), *zip(equation.output, shape, strict=True)]:
+            if size != 1 and sizes.setdefault(label, size) != size:
+                raise NotMultilinear(f"sizes {sizes[label]} and {size} of one mode")
+        indices: dict[Any, Index] = {}
+        for label, size in sizes.items():
+            name = size if isinstance(size, str) and size.isidentifier() else re.sub(r"\W", "_", str(label)) or "d"
+            indices[label] = Index(fresh(name, {i.name for i in indices.values()}), size)
+
+        def axes(labels: Sequence[Any], shape: Sequence[dims.Dim]) -> tuple[Axis, ...]:
+            return tuple(() if size == 1 else (indices[label],) for label, size in zip(labels, shape, strict=True))
+
+        terms = tuple(self._term(node, product, axes, dtype) for product in equation.terms)
+        output = Tensor(node.name, axes(equation.output, shape))
+        present = {i.name for t in terms for x in t.tensors for i in x.indices}
+        for index in output.indices:
+            if index.name not in present and not isinstance(index.size, int):
+                raise NotMultilinear("an expand to a dynamic size")
+        return Network(layer_of(node) or node.name, terms, output, dtype, source_of(node))
+
+    def _term(self, node: torch.fx.Node, product: Product, axes: Any, dtype: str) -> Term:
+        tensors = [self._tensor(x, axes(labels, self._shape_of(x)), dtype) for x, labels in product.factors]
+        for name, constant, labels in product.constants:
+            data = constant.numpy().astype(dtype)
+            tensors.append(Tensor(name, axes(labels, data.shape), data))
+        if product.scale != 1.0:
+            tensors.append(Tensor(f"{node.name}.scale", (), np.asarray(product.scale, dtype)))
+        return Term(tuple(tensors))
+
+    def _tensor(self, source: Any, axes: tuple[Axis, ...], dtype: str) -> Tensor:
+        if not isinstance(source, torch.fx.Node) or NETWORK_DTYPES.get(source.meta["val"].dtype) != dtype:
+            raise NotMultilinear("operands of several dtypes")
+        if source.name in self.weight_of:
+            name = self.weight_of[source.name]
+            return Tensor(name, axes, self.weights[name])
+        return Tensor(source.name, axes)
+
+    def _shape_of(self, node: torch.fx.Node) -> tuple[dims.Dim, ...]:
+        return self._shape(node.meta["val"])
+
+    def _reshape(self, node: torch.fx.Node, source: torch.fx.Node, shape: tuple[dims.Dim, ...]) -> Network:
+        """A view is a network of one tensor whose modes are grouped in another way."""
+        before = self._shape_of(source)
+        names: set[str] = set()
+
+        def axis(prefix: str, k: int, size: dims.Dim) -> Axis:
+            if size == 1:
+                return ()
+            name = fresh(size if isinstance(size, str) and size.isidentifier() else f"{prefix}{k}", names)
+            names.add(name)
+            return (Index(name, size),)
+
+        inputs = tuple(axis("d", k, s) for k, s in enumerate(before))
+        outputs = tuple(axis("e", k, s) for k, s in enumerate(shape))
+        flat_in = tuple(i for a in inputs for i in a)
+        flat_out = tuple(i for a in outputs for i in a)
+        split_in, split_out = refine(flat_in, flat_out, names)
+        dtype = NETWORK_DTYPES[node.meta["val"].dtype]
+        network = Network(
+            layer_of(node) or node.name,
+            (Term((self._tensor(source, inputs, dtype),)),),
+            Tensor(node.name, inputs),
+            dtype,
+            source_of(node),
+        )
+        network = substitute(network, split_in)
+        source_parts = [i for a in network.output.axes for i in a]
+        outputs = tuple(tuple(p for i in a for p in split_out.get(i.name, (i,))) for a in outputs)
+        parts = iter(source_parts)
+        grouped = tuple(tuple(next(parts) for _ in a) for a in outputs)
+        return Network(network.name, network.terms, Tensor(node.name, grouped), dtype, network.source)
+
+    # -------------------------------------------------------------------------------- outputs
+
+    def _outputs(self) -> tuple[tuple[str, str], ...]:
+        specs = self.exported.graph_signature.output_specs
+        names = output_names(self.exported)
+        outputs = []
+        defined = {v.name for v in self.inputs} | {n.value.name for n in self.nodes}
+        for public, spec in zip(names, specs, strict=True):
+            if spec.kind != OutputKind.USER_OUTPUT or not isinstance(spec.arg, TensorArgument):
+                raise UnsupportedError(f"output {public!r} of the model is not a tensor")
+            name = spec.arg.name
+            if name not in defined:  # a weight shown as it is
+                tensor = self._constant_output(name)
+                self.nodes.append(tensor)
+                name = tensor.value.name
+            outputs.append((public, name))
+        return tuple(outputs)
+
+    def _constant_output(self, fx_name: str) -> Node:
+        weight = self.weight_of[fx_name]
+        array = self.weights[weight]
+        value = Value(f"{fx_name}_output", str(array.dtype), tuple(int(s) for s in array.shape))
+        return Opaque(weight, "aten.clone.default", (Ref(weight),), (), value)
+
+    def _used_weights(self, outputs: tuple[tuple[str, str], ...]) -> dict[str, Array]:
+        used = {name for n in self.nodes if isinstance(n, Opaque) for name in n.inputs}
+        return {name: array for name, array in self.weights.items() if name in used}
+
+
+def _not_empty(tensor: torch.Tensor) -> bool:
+    return not any(isinstance(size, int) and size == 0 for size in tensor.shape)
+
+
+def _labelled(equation: Equation, shape_of: Any) -> list[tuple[Any, dims.Dim]]:
+    pairs: list[tuple[Any, dims.Dim]] = []
+    for term in equation.terms:
+        for node, labels in term.factors:
+            if not isinstance(node, torch.fx.Node):
+                raise NotMultilinear("a tensor was expected")
+            pairs += zip(labels, shape_of(node), strict=True)
+        for _, tensor, labels in term.constants:
+            pairs += zip(labels, (int(s) for s in tensor.shape), strict=True)
+    return pairs
+
+
+def output_names(exported: torch.export.ExportedProgram) -> list[str]:
+    """The model's own names: the keys of a returned dict, else ``output`` or ``output_0``, ``output_1``."""
+    specs = exported.graph_signature.output_specs
+    spec = exported.call_spec.out_spec
+    if spec is not None and spec.type is dict and spec.num_leaves == len(specs) == spec.num_children:
+        return [str(key) for key in spec.context]
+    return ["output"] if len(specs) == 1 else [f"output_{k}" for k in range(len(specs))]
+
+
+def layer_of(node: torch.fx.Node) -> str:
+    """Path of the module that a node was traced in, ``""`` for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return re.sub(r"@\d+$", "", str(path).removeprefix("L['self']."))
+
+
+def source_of(node: torch.fx.Node) -> SourceRef:
+    """The user's line of Python: the innermost one that is not inside torch."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n(?:\s+([^\n]*))?', node.meta.get("stack_trace") or "")
+    outside = [f for f in frames if "/torch/" not in f[0].replace("\\", "/")] or frames
+    file, line, code = outside[-1] if outside else ("", 0, "")
+    return SourceRef(layer_of(node), file, int(line), code)
