@@ -1,0 +1,25 @@
+"""The passes over a program, and the pipeline that runs them. See README.md for how to add one."""
+
+if __name__ != "tncompile.passes":
+    raise ImportError(f"import tncompile.passes, not {__name__}: a second copy would not be the one in use")
+
+from tncompile.passes.base import Change, Context, Pass, PassReport
+from tncompile.passes.clean import Clean
+from tncompile.passes.fold import Fold
+from tncompile.passes.merge_cores import MergeCores
+from tncompile.passes.order import Order
+from tncompile.passes.pipeline import DEFAULT, Pipeline, parse_passes
+
+__all__ = [
+    "DEFAULT",
+    "Change",
+    "Clean",
+    "Context",
+    "Fold",
+    "MergeCores",
+    "Order",
+    "Pass",
+    "PassReport",
+    "Pipeline",
+    "parse_passes",
+]

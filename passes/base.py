@@ -1,0 +1,78 @@
+"""What a pass is: a small frozen class whose fields are its options."""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tncompile.cost.profile import CPU, DeviceProfile
+from tncompile.ir import Program, dims
+from tncompile.ir.core import Index, Network
+
+
+@dataclass(frozen=True)
+class Context:
+    """What passes may know besides the program: the sizes to plan for and the device.
+
+    `batches` are the sizes of the symbol ``batch`` that matter; `sizes` those of all other symbols.
+    """
+
+    batches: tuple[int, ...] = (1, 32)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    profile: DeviceProfile = CPU
+
+    def symbols(self, batch: int) -> dict[str, int]:
+        """Sizes of all symbols at one batch size."""
+        return {**self.sizes, "batch": batch}
+
+    def index_sizes(self, network: Network, batch: int) -> dict[str, int]:
+        """Sizes of a network's indices at one batch size; a symbol nobody knows counts as that batch size."""
+        symbols = self.symbols(batch)
+
+        def size(index: Index) -> int:
+            try:
+                return dims.evaluate(index.size, symbols)
+            except KeyError:
+                return batch
+
+        return {name: size(index) for name, index in network.indices.items()}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that a pass did, or (`declined`) did not do, to one network, and why."""
+
+    network: str
+    what: str
+    why: str = ""
+    declined: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.network}: {'left alone, ' if self.declined else ''}{self.what}{f' ({self.why})' if self.why else ''}"
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What a pass did."""
+
+    name: str
+    changes: tuple[Change, ...]
+    seconds: float = 0.0
+
+
+class Pass(abc.ABC):
+    """A program in, a program out. Subclasses are frozen dataclasses; their name on the command line is
+    their own in snake case, with options in braces: ``order{max_trials=64}``."""
+
+    @classmethod
+    def name(cls) -> str:
+        """``MergeCores`` -> ``merge_cores``."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    @abc.abstractmethod
+    def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
+        """The new program, and what was changed or declined."""

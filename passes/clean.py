@@ -1,0 +1,144 @@
+"""Remove what computes nothing: identities, size-1 indices, neutral cores, dead and duplicate nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term
+from tncompile.ir.core import Arg
+from tncompile.ir.edit import drop_tensors, substitute
+from tncompile.passes.base import Change, Context, Pass
+
+
+@dataclass(frozen=True)
+class Clean(Pass):
+    """Remove what computes nothing.
+
+    ```
+    network v: v[batch, (i j)] = x[batch, (i j)]        (gone; its readers read x)
+    network y: y[batch, o] = v[batch, i] W[i, o, one=1] ones[]
+    ->
+    network y: y[batch, o] = x[batch, i] W[i, o]
+    ```
+
+    1. A network of one operand and no cores whose output has the same axes is an identity: its readers read
+       the operand. (Not where it is an output of the program: the name is kept.)
+    2. Indices of size 1 are dropped; a core that is 1 everywhere is dropped where another tensor has its indices.
+    3. Nodes whose value nothing reads are dead; of two nodes that compute the same from the same, one stays.
+    """
+
+    def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
+        changes: list[Change] = []
+        nodes: list[Node] = []
+        same: dict[str, str] = {}  # value -> the value to read instead
+        seen: dict[Any, str] = {}
+        shown = {name for _, name in program.outputs}
+        for node in program.nodes:
+            node = rename_inputs(node, same)
+            if isinstance(node, Network):
+                node = _simplify(node, changes)
+                source = identity_of(node)
+                if source is not None and node.output.name not in shown:
+                    same[node.output.name] = source
+                    changes.append(Change(node.name, f"{node.output.name} is {source} itself", "identity"))
+                    continue
+            key = _key(node)
+            if key in seen and node.value.name not in shown:
+                same[node.value.name] = seen[key]
+                changes.append(Change(node.name, f"{node.value.name} is computed already as {seen[key]}", "duplicate"))
+                continue
+            seen.setdefault(key, node.value.name)
+            nodes.append(node)
+        return _drop_dead(replace(program, nodes=tuple(nodes)), changes), changes
+
+
+def rename_inputs(node: Node, names: Mapping[str, str]) -> Node:
+    """Make a node read other values."""
+    if not names or not any(n in names for n in node.inputs):
+        return node
+    if isinstance(node, Opaque):
+        kwargs = tuple((k, _rename_arg(v, names)) for k, v in node.kwargs)
+        return replace(node, args=tuple(_rename_arg(a, names) for a in node.args), kwargs=kwargs)
+
+    def rename(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_core else replace(tensor, name=names.get(tensor.name, tensor.name))
+
+    terms = tuple(replace(t, tensors=tuple(map(rename, t.tensors))) for t in node.terms)
+    return replace(node, terms=terms)
+
+
+def _rename_arg(arg: Arg, names: Mapping[str, str]) -> Arg:
+    if isinstance(arg, Ref):
+        return Ref(names.get(arg.name, arg.name))
+    return tuple(_rename_arg(a, names) for a in arg) if isinstance(arg, tuple) else arg
+
+
+def identity_of(network: Network) -> str | None:
+    """The operand that a network merely repeats, axis for axis."""
+    if len(network.terms) != 1 or len(network.terms[0].tensors) != 1:
+        return None
+    tensor = network.terms[0].tensors[0]
+    return tensor.name if not tensor.is_core and tensor.axes == network.output.axes else None
+
+
+def _simplify(network: Network, changes: list[Change]) -> Network:
+    ones: dict[str, tuple[Index, ...]] = {name: () for name, i in network.indices.items() if i.size == 1}
+    if ones:
+        network = substitute(network, ones)
+        changes.append(Change(network.name, f"dropped {', '.join(ones)}", "indices of size 1"))
+    terms = tuple(_drop_neutral(network, term, changes) for term in network.terms)
+    return network if terms == network.terms else replace(network, terms=terms)
+
+
+def _drop_neutral(network: Network, term: Term, changes: list[Change]) -> Term:
+    """Drop cores that are 1 everywhere and whose indices other tensors of the term carry."""
+    for position in reversed(range(len(term.tensors))):
+        core = term.tensors[position]
+        if core.data is None or len(term.tensors) == 1 or not bool(np.all(core.data == 1)):
+            continue
+        others = {i.name for p, t in enumerate(term.tensors) if p != position for i in t.indices}
+        if all(i.name in others for i in core.indices):
+            term = drop_tensors(term, {position})
+            changes.append(Change(network.name, f"dropped {core.name}", "it is 1 everywhere"))
+    return term
+
+
+_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "exponential")
+
+
+def _key(node: Node) -> Any:
+    """What a node computes, whatever its value and its indices are called."""
+    if isinstance(node, Opaque):
+        if any(word in node.target for word in _RANDOM):
+            return id(node)
+        return (node.target, _hashable(node.args), _hashable(node.kwargs))
+    number = {name: k for k, name in enumerate(node.indices)}
+
+    def axes(tensor: Tensor) -> Any:
+        return tuple(tuple((number[i.name], i.size) for i in axis) for axis in tensor.axes)
+
+    terms = tuple(tuple((t.name, id(t.data), axes(t)) for t in term.tensors) for term in node.terms)
+    return (terms, axes(node.output), node.dtype)
+
+
+def _hashable(arg: Any) -> Any:
+    if isinstance(arg, tuple):
+        return tuple(_hashable(a) for a in arg)
+    return (type(arg).__name__, arg)  # 1, 1.0 and True are different arguments
+
+
+def _drop_dead(program: Program, changes: list[Change]) -> Program:
+    live = {name for _, name in program.outputs}
+    kept: list[Node] = []
+    for node in reversed(program.nodes):
+        if node.value.name in live:
+            live.update(node.inputs)
+            kept.append(node)
+        elif isinstance(node, Network):
+            changes.append(Change(node.name, f"dropped {node.value.name}", "nothing reads it"))
+    weights = {name: array for name, array in program.weights.items() if name in live}
+    return replace(program, nodes=tuple(reversed(kept)), weights=weights)

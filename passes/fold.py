@@ -1,0 +1,257 @@
+"""Make one network of layers with nothing nonlinear between them, and fold scales, biases and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Tensor, Term, dims
+from tncompile.ir.core import SourceRef
+from tncompile.ir.edit import CannotEdit, inline, merge_tensors
+from tncompile.ir.evaluate import contract, einsum, evaluate, labelled
+from tncompile.passes.base import Change, Context, Pass
+from tncompile.passes.clean import rename_inputs
+
+
+@dataclass(frozen=True)
+class Fold(Pass):
+    """Put networks into the networks that read them.
+
+    ```
+    network h: h[b, (i j)] = x[b, i0 j0] A[i0, r, i] B[r, j0, j] + bias1[i, j]
+    network y: y[b, o] = h[b, k] C[k, o] + bias2[o]
+    ->
+    network y: y[b, o] = x[b, i0 j0] A[i0, r, i] B[r, j0, j] C[(i j), o] + bias[o]
+    ```
+
+    A network P is put into its reader Q where
+
+    1. P has cores only, or is a view (one operand, no cores: free to repeat), or Q alone reads it, once;
+    2. at most one term of P has operands, or Q only adds and rearranges it: else Q's cores would be applied
+       to each term on its own;
+    3. P has no constant terms, or all else in Q's term are cores: else biases would become run-time work;
+    4. the modes of P's output and Q's operand nest, and no term grows over `max_tensors` tensors.
+
+    Then, in every network: terms of cores alone become one bias; terms that apply one core each to the same
+    operand become one (an adapter folds into its layer); a network of cores alone is computed.
+    """
+
+    max_tensors: int = 256
+
+    def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
+        changes: list[Change] = []
+        program = self._compose(program, changes)
+        nodes: list[Node] = []
+        weights = dict(program.weights)
+        names: dict[str, str] = {}
+        shown = {name for _, name in program.outputs}
+        for node in program.nodes:
+            node = rename_inputs(node, names)
+            if isinstance(node, Network):
+                node = _combine_terms(node, changes)
+                if not node.operands and node.output.name not in shown:
+                    weights[node.output.name] = evaluate(node).astype(node.dtype)
+                    what = f"computed {node.output.name} from {len(node.cores)} cores at compile time"
+                    changes.append(Change(node.name, what, "it depends on weights alone"))
+                    continue
+            nodes.append(node)
+        used = {n for node in nodes if isinstance(node, Opaque) for n in node.inputs}
+        weights = {k: v for k, v in weights.items() if k in used}
+        return replace(program, nodes=tuple(nodes), weights=weights), changes
+
+    # ------------------------------------------------------------------------------ composition
+
+    def _compose(self, program: Program, changes: list[Change]) -> Program:
+        """One walk in order of execution; a reader takes in what it reads, which has taken in its own before."""
+        nodes: dict[str, Node] = {}
+        uses = dict(program.uses)
+        shown = {name for _, name in program.outputs}
+        for node in program.nodes:
+            if isinstance(node, Network):
+                node = self._absorb(node, nodes, uses, shown, changes)
+            nodes[node.value.name] = node
+        return replace(program, nodes=tuple(nodes.values()))
+
+    def _absorb(
+        self, reader: Network, nodes: dict[str, Node], uses: dict[str, int], shown: set[str], changes: list[Change]
+    ) -> Network:
+        declined: set[str] = set()
+        while True:
+            source = next((n for n in reader.inputs if n not in declined and isinstance(nodes.get(n), Network)), None)
+            if source is None:
+                return reader
+            producer = nodes[source]
+            assert isinstance(producer, Network)
+            alone = uses.get(source, 0) == 1 and source not in shown
+            try:
+                self._check(producer, reader, alone)
+                merged = inline(reader, producer)
+                if max(len(t.tensors) for t in merged.terms) > self.max_tensors:
+                    raise CannotEdit(f"a term would have over {self.max_tensors} tensors")
+            except CannotEdit as reason:
+                declined.add(source)
+                if producer.cores and producer.operands:
+                    what = f"{source} is not put into {reader.output.name}"
+                    changes.append(Change(reader.name, what, str(reason), declined=True))
+                continue
+            reads = sum(t.name == source for t in reader.operands)
+            uses[source] -= reads
+            if uses[source] <= 0:
+                del nodes[source]
+            for tensor in producer.operands:
+                uses[tensor.name] = uses.get(tensor.name, 0) + reads - (uses[source] <= 0)
+            if producer.cores and reader.cores:
+                changes.append(Change(_joined(producer, reader), f"{source} put into {reader.output.name}", _why(producer)))
+            layer, source_ref = _layer(producer, reader)
+            reader = replace(merged, name=layer, source=source_ref)
+
+    def _check(self, producer: Network, reader: Network, alone: bool) -> None:
+        """Raise CannotEdit, with the reason, where composition is not always right."""
+        value = producer.output.name
+        if producer.dtype != reader.dtype:
+            raise CannotEdit("another dtype")
+        if not producer.operands:
+            if sum(t.name == value for t in reader.operands) * len(producer.terms) > 16:
+                raise CannotEdit("too many terms")
+            return
+        if not alone and not is_view(producer):
+            raise CannotEdit("others read it too, and would compute it again")
+        moving = [t for t in producer.terms if t.operands]
+        for term in reader.terms:
+            reads = sum(t.name == value for t in term.operands)
+            if not reads:
+                continue
+            others = [t for t in term.tensors if t.name != value or t.is_core]
+            if len(moving) > 1 and (others or reads > 1):
+                raise CannotEdit("it is a sum of run-time terms, and what follows would be applied to each")
+            if len(producer.terms) > 1 and (reads > 1 or any(not t.is_core for t in others)):
+                raise CannotEdit("it has a bias and meets another operand: the bias would become run-time work")
+
+
+def is_view(network: Network) -> bool:
+    """Whether a network only rearranges one operand, so that repeating it costs nothing."""
+    if len(network.terms) != 1 or len(network.terms[0].tensors) != 1 or network.terms[0].tensors[0].is_core:
+        return False
+    inside = [i.name for i in network.terms[0].tensors[0].indices]
+    return sorted(inside) == sorted(i.name for i in network.output.indices)
+
+
+def _layer(producer: Network, reader: Network) -> tuple[str, SourceRef]:
+    """The layer that a composed network stands for: the one with the cores, both where both have some."""
+    if not _weighs(producer):
+        return reader.name, reader.source
+    if not _weighs(reader) or producer.name == reader.name:
+        return producer.name, producer.source
+    return _joined(producer, reader), producer.source
+
+
+def _weighs(network: Network) -> bool:
+    return any(len(t.indices) > 1 for t in network.cores)
+
+
+def _joined(producer: Network, reader: Network) -> str:
+    if producer.name == reader.name or not _weighs(producer):
+        return reader.name
+    names = list(dict.fromkeys([*producer.name.split("+"), *reader.name.split("+")]))
+    parents = [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
+    return "+".join(parents)
+
+
+def _why(producer: Network) -> str:
+    if not producer.operands:
+        return "it depends on weights alone"
+    return "nothing nonlinear between them"
+
+
+# ---------------------------------------------------------------------------------- terms
+
+
+def _combine_terms(network: Network, changes: list[Change]) -> Network:
+    constants = [t for t in network.terms if t.is_constant]
+    moving = [t for t in network.terms if not t.is_constant]
+    moving = _merge_like_terms(network, moving, changes)
+    if moving and len(constants) + sum(len(t.tensors) > 1 for t in constants) > 1:
+        constants = [_bias(network, constants)]
+        changes.append(Change(network.name, f"{constants[0].tensors[0].name} is one bias", "a sum of cores"))
+    if moving:
+        constants = [t for t in constants if np.any(t.tensors[0].data)]
+    terms = (*moving, *constants)
+    return network if terms == network.terms else replace(network, terms=terms)
+
+
+def _bias(network: Network, constants: Sequence[Term]) -> Term:
+    """The sum of terms of cores as one core over the indices that any of them has."""
+    present = {name for t in constants for name in t.indices}
+    keep = tuple(i for i in network.output.indices if i.name in present)
+    total: Array = np.zeros([1] * len(keep))
+    for term in constants:
+        total = total + _aligned(term, keep)
+    total = np.broadcast_to(total, [int(i.size) for i in keep])
+    name = next((c.name for t in constants for c in t.cores if c.name.endswith("bias")), f"{network.output.name}.bias")
+    name = name if len(constants) == 1 else f"{name}+" if not name.endswith("+") else name
+    core = Tensor(name, tuple((i,) for i in keep), np.ascontiguousarray(total).astype(network.dtype))
+    return Term((core,))
+
+
+def _aligned(term: Term, keep: Sequence[Index]) -> Array:
+    parts = []
+    for core in term.tensors:
+        array, names = labelled(core)
+        parts.append((array.reshape([int(i.size) for i in core.indices]), names))
+    result, names = contract(parts, term.order, {i.name for i in keep})
+    present = [i.name for i in keep if i.name in names]
+    return einsum([(result, names)], present).reshape([int(i.size) if i.name in names else 1 for i in keep])
+
+
+def _merge_like_terms(network: Network, terms: list[Term], changes: list[Change]) -> list[Term]:
+    """``x W + x A B`` -> ``x (W + A B)`` where the product has the indices of W."""
+    result: list[Term] = []
+    for term in terms:
+        for k, other in enumerate(result):
+            merged = _merge_like(network, other, term)
+            if merged is not None:
+                result[k] = merged
+                what = f"{term.cores[-1].name} added into {merged.cores[0].name}"
+                changes.append(Change(network.name, what, "same operand, same modes"))
+                break
+        else:
+            result.append(term)
+    return result
+
+
+def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
+    if len(a.operands) != 1 or len(b.operands) != 1 or a.operands[0].name != b.operands[0].name:
+        return None
+    if not a.cores or not b.cores:
+        return None
+    x, y = a.operands[0], b.operands[0]
+    if [dims.product(i.size for i in axis) for axis in x.axes] != [dims.product(i.size for i in g) for g in y.axes]:
+        return None
+    if [len(g) for g in x.axes] != [len(g) for g in y.axes] or [i.size for i in x.indices] != [i.size for i in y.indices]:
+        return None
+    if len({*x.indices}) < len(x.indices) or len({*y.indices}) < len(y.indices):
+        return None
+    single = [_one_core(network, t) for t in (a, b)]
+    (term_a, core_a), (term_b, core_b) = single
+    if core_a is None or core_b is None or max(core_a.data.size, core_b.data.size) > max(  # type: ignore[union-attr]
+        max(c.data.size for c in t.cores if c.data is not None) for t in (a, b)
+    ):
+        return None
+    renamed = {theirs.name: ours.name for theirs, ours in zip(y.indices, x.indices, strict=True)}
+    names_a = [i.name for i in core_a.indices]
+    names_b = [renamed.get(i.name, i.name) for i in core_b.indices]
+    if {*names_a} != {*names_b}:
+        return None
+    array = einsum([(core_b.array().astype(np.float64), tuple(names_b))], names_a) + core_a.array()
+    core = Tensor(f"{core_a.name}+{core_b.name.rpartition('.')[2]}", tuple((i,) for i in core_a.indices), array.astype(network.dtype))
+    return Term((x, core))
+
+
+def _one_core(network: Network, term: Term) -> tuple[Term, Tensor | None]:
+    positions = {p for p, t in enumerate(term.tensors) if t.is_core}
+    if len(positions) > 1:
+        term = merge_tensors(term, positions, network.output.indices, network.dtype)
+    cores = term.cores
+    return term, cores[0] if len(cores) == 1 else None

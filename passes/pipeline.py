@@ -1,0 +1,77 @@
+"""The pipeline: one visible list of passes, verified around each."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from tncompile.errors import TNCompileError
+from tncompile.ir import Program, verify
+from tncompile.passes.base import Context, Pass, PassReport
+from tncompile.passes.clean import Clean
+from tncompile.passes.fold import Fold
+from tncompile.passes.merge_cores import MergeCores
+from tncompile.passes.order import Order
+
+DEFAULT: tuple[Pass, ...] = (
+    Clean(),  # size-1 bonds and copies would hide which cores are adjacent
+    Fold(),  # before any core is merged: across layers there is more to merge
+    Clean(),  # duplicates that composition made visible
+    MergeCores(),  # leaves a smaller network to search
+    Order(),  # last: its schedule fits one form of the network only
+)
+
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Fold, MergeCores, Order)}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Runs passes in order. `Order` is always run at the end, for nothing can be emitted without a schedule."""
+
+    passes: Sequence[Pass] = DEFAULT
+
+    def run(
+        self, program: Program, context: Context, progress: Callable[[str, Program], None] = lambda name, program: None
+    ) -> tuple[Program, tuple[PassReport, ...]]:
+        """The final program and a report for each pass. `progress` sees each pass's name and result."""
+        verify(program, "traced")
+        reports = []
+        for step in self.passes:
+            start = time.perf_counter()
+            program, changes = step.run(program, context)
+            verify(program, "scheduled" if isinstance(step, Order) else "traced")
+            reports.append(PassReport(step.name(), tuple(changes), time.perf_counter() - start))
+            progress(step.name(), program)
+        return program, tuple(reports)
+
+
+def parse_passes(text: str) -> tuple[Pass, ...]:
+    """``"clean,fold,order{max_trials=8}"`` -> passes. `Order` is added where it is not last.
+
+    Raises TNCompileError for a name or an option that does not exist.
+    """
+    passes: list[Pass] = []
+    for item in re.findall(r"[^,{}\s]+(?:\{[^}]*\})?", text):
+        name, _, options = item.partition("{")
+        if name not in PASSES:
+            raise TNCompileError(f"no pass {name!r}; the passes are {', '.join(PASSES)}")
+        passes.append(_with_options(PASSES[name](), options.rstrip("}")))
+    if not passes or not isinstance(passes[-1], Order):
+        passes.append(Order())
+    return tuple(passes)
+
+
+def _with_options(default: Pass, text: str) -> Pass:
+    types = {f.name: type(getattr(default, f.name)) for f in fields(default)}  # type: ignore[arg-type]
+    values = {}
+    for item in filter(None, re.split(r"[,;\s]+", text)):
+        key, _, value = item.partition("=")
+        if key not in types:
+            raise TNCompileError(f"{default.name()} has no option {key!r}; it has {', '.join(types) or 'none'}")
+        try:
+            values[key] = types[key](value)
+        except ValueError:
+            raise TNCompileError(f"{default.name()}: {key} takes {types[key].__name__}, not {value!r}") from None
+    return replace(default, **values)  # type: ignore[type-var]

@@ -1,0 +1,269 @@
+"""From a contraction tree to steps: how each pair is computed, and in which order its result's modes lie.
+
+A run-time tensor is a row-major array whose *layout* is the order of its indices. Merging or splitting
+neighbours is a Reshape and free; anything else is a Transpose and costs its bytes. So the layouts of all
+intermediates are chosen together, by dynamic programming over the tree: each node keeps its cheapest few
+layouts, and a step's form says which layout it needs and which it leaves.
+
+In one contraction the indices fall into R (on both sides and kept: the batch modes of the matmul), K (on
+both and summed), M (left only) and N (right only). The forms:
+
+    matmul     left (M1 R M2 K) @ right (R K N)   -> (M1 R M2 N)     a core on the B side, prepacked
+    core_left  right (R N K) @ left (M1 R K M2)   -> (M1 R N M2)     saves a Transpose between two steps
+    multiply   left * right, then sum over K      -> (left's order, N)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tncompile.cost.profile import DeviceProfile
+from tncompile.ir.core import Index, Step, Term, Tree
+from tncompile.ir.evaluate import flatten
+
+Layout = tuple[str, ...]
+_Form = tuple[float, str, Layout]
+KEPT_LAYOUTS = 12
+_MAX_PERMUTED = 3  # up to 3! orders of a core's free modes are tried
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The roles of indices in one contraction, each in the order of the side they come from."""
+
+    batch: Layout
+    summed: Layout
+    left: Layout
+    right: Layout
+
+
+def classify(left: Layout, right: Layout, kept: Collection[str]) -> Classes:
+    """Sort the indices of a pair into R, K, M and N."""
+    shared = [i for i in left if i in right]
+    return Classes(
+        tuple(i for i in shared if i in kept),
+        tuple(i for i in shared if i not in kept),
+        tuple(i for i in left if i not in right),
+        tuple(i for i in right if i not in left),
+    )
+
+
+def reduced_layout(term: Term, position: int, output: Iterable[str]) -> Layout:
+    """A tensor's indices, each once and in order, without those that only this tensor has and that are summed."""
+    others = {i.name for p, t in enumerate(term.tensors) if p != position for i in t.indices} | {*output}
+    return tuple(dict.fromkeys(i.name for i in term.tensors[position].indices if i.name in others))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps with their predicted cost: seconds, FLOPs, bytes read and written, elements of the largest result."""
+
+    steps: tuple[Step, ...]
+    seconds: float
+    flops: float
+    bytes: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A contraction of two plans."""
+
+    left: _Plan
+    right: _Plan
+    form: str
+    order: Layout
+
+
+_Plan = int | _Pair
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to compute a node of the tree."""
+
+    seconds: float
+    layout: Layout
+    plan: _Plan
+
+
+class Scheduler:
+    """Schedules trees of one term. `sizes` gives every index of the term its size, in elements."""
+
+    def __init__(
+        self, term: Term, output: Sequence[Index], sizes: Mapping[str, int], profile: DeviceProfile, itemsize: int
+    ) -> None:
+        self.term = term
+        self.output = tuple(i.name for i in output)
+        self.sizes = sizes
+        self.profile = profile
+        self.itemsize = itemsize
+
+    def size(self, names: Iterable[str]) -> int:
+        """Product of sizes."""
+        return math.prod(self.sizes[i] for i in names)
+
+    def schedule(self, tree: Tree) -> Schedule:
+        """The cheapest schedule of a tree. Subtrees of cores alone count as one core (see `merge_constants`)."""
+        term = self.term
+        self._flops = self._bytes = 0.0
+        self._peak = 0
+        self._count: dict[str, int] = {}
+        for position in range(len(term.tensors)):
+            for name in reduced_layout(term, position, self.output):
+                self._count[name] = self._count.get(name, 0) + 1
+        ways = self._visit(tree)
+        wanted = tuple(i for i in self.output if any(i in w.layout for w in ways))
+        best = min(ways, key=lambda w: w.seconds + self._permute(w.layout, wanted))
+        seconds = best.seconds + self._permute(best.layout, wanted)
+        return Schedule(_linear(best.plan, len(term.tensors)), seconds, self._flops, self._bytes, self._peak)
+
+    # ------------------------------------------------------------------------------ the tree
+
+    def _visit(self, tree: Tree) -> list[_Way]:
+        if isinstance(tree, int):
+            return [_Way(0.0, reduced_layout(self.term, tree, self.output), tree)]
+        ways, constant = self._visit(tree[0]), self._is_constant(tree[0])
+        for branch in tree[1:]:
+            other, other_constant = self._visit(branch), self._is_constant(branch)
+            ways = self._join(ways, constant, other, other_constant)
+            constant = constant and other_constant
+        return ways
+
+    def _is_constant(self, tree: Tree) -> bool:
+        return all(self.term.tensors[p].is_core for p in flatten(tree))
+
+    def _join(self, a: list[_Way], a_core: bool, b: list[_Way], b_core: bool) -> list[_Way]:
+        names_a, names_b = a[0].layout, b[0].layout
+        for names in (names_a, names_b):
+            for name in names:
+                self._count[name] -= 1
+        union = tuple(dict.fromkeys((*names_a, *names_b)))
+        kept = {i for i in union if i in self.output or self._count[i] > 0}
+        for name in kept:
+            self._count[name] += 1
+        if a_core and b_core:  # computed at compile time
+            return [_Way(0.0, tuple(i for i in union if i in kept), a[0].plan)]
+        if a_core:
+            a, b, b_core = b, a, True
+        self._flops += 2.0 * self.size(union)
+        parts = (a[0].layout, b[0].layout, tuple(kept))
+        self._bytes += sum(self.size(p) for p in parts) * self.itemsize
+        self._peak = max(self._peak, self.size(kept))
+
+        found: dict[Layout, _Way] = {}
+        pairs = [(x, y, b_core) for x in a for y in b]
+        if not b_core:
+            pairs += [(y, x, False) for x in a for y in b]
+        for x, y, core in pairs:
+            for seconds, form, order in self._forms(x.layout, y.layout, core, kept):
+                total = x.seconds + y.seconds + seconds
+                known = found.get(order)
+                if known is None or total < known.seconds:
+                    found[order] = _Way(total, order, _Pair(x.plan, y.plan, form, order))
+        return sorted(found.values(), key=lambda w: w.seconds)[:KEPT_LAYOUTS]
+
+    # ------------------------------------------------------------------------------ one contraction
+
+    def _forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str]) -> Iterable[_Form]:
+        """Every form of one contraction with its seconds, transposes included."""
+        c = classify(x, y, kept)
+        if c.summed or (c.left and c.right and not c.batch):
+            yield from self._matmuls(x, y, core, c)
+            if core:
+                yield from self._core_lefts(x, c)
+        yield self._multiply(x, c)
+
+    def _matmuls(self, x: Layout, y: Layout, core: bool, c: Classes) -> Iterable[_Form]:
+        rows = tuple(i for i in x if i not in c.summed)
+        base = rows if _together(rows, c.batch) else (*c.batch, *c.left)
+        if not core and c.batch and base[: len(c.batch)] != c.batch:
+            base = (*c.batch, *c.left)  # a run-time right side is not broadcast over M1
+        outer = self.size(base[: base.index(c.batch[0])]) if c.batch else 1
+        m = self.size(c.left) // outer
+        batch, k, n = outer * self.size(c.batch), self.size(c.summed), self.size(c.right)
+        seconds = self._permute(x, (*base, *c.summed), inner=c.summed)
+        seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize)
+        if not core:
+            seconds += self._permute(y, (*c.batch, *c.summed, *c.right), inner=c.right)
+        for free in _orders(c.right) if core else [c.right]:
+            yield seconds, "matmul", (*base, *free)
+
+    def _core_lefts(self, x: Layout, c: Classes) -> Iterable[_Form]:
+        block = (*c.batch, *c.summed)
+        start = min((x.index(i) for i in block), default=0)
+        middle, end = start + len(c.batch), start + len(block)
+        if {*x[start:middle]} != {*c.batch} or {*x[middle:end]} != {*c.summed} or end == len(x):
+            return
+        before, after = x[:start], x[end:]
+        batch = self.size(before) * self.size(c.batch)
+        m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
+        seconds = self.profile.matmul_time(batch, m, k, n, self.itemsize)
+        if before and after and not c.batch:  # may run as a 1x1 convolution, whose kernels see it the other way round
+            seconds = min(seconds, self.profile.matmul_time(batch, n, k, m, self.itemsize))
+        for free in _orders(c.right):
+            yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
+
+    def _multiply(self, x: Layout, c: Classes) -> _Form:
+        product = self.size(x) * self.size(c.right)
+        seconds = self.profile.node + self.profile.stream_time(2 * product, self.itemsize)
+        if c.summed:
+            seconds += self.profile.node + 2 * self.profile.stream_time(product, self.itemsize)
+        return seconds, "multiply", (*(i for i in x if i not in c.summed), *c.right)
+
+    def _permute(self, layout: Layout, wanted: Layout, inner: Layout = ()) -> float:
+        """Seconds to bring a layout into another order; `inner` marks the last modes, whose swap with the
+        modes just before them ONNX Runtime fuses into the matmul."""
+        if layout == wanted:
+            return 0.0
+        outer = wanted[: len(wanted) - len(inner)]
+        if inner:
+            for cut in range(len(outer)):
+                if layout == (*outer[:cut], *inner, *outer[cut:]):
+                    return self.profile.node
+        tail = 0
+        while tail < len(layout) and layout[-1 - tail] == wanted[-1 - tail]:
+            tail += 1
+        elements = self.size(layout)
+        if tail == 0 and _is_swap(layout, wanted):
+            return self.profile.permute_time(elements, 8, self.itemsize)
+        return self.profile.permute_time(elements, self.size(layout[len(layout) - tail :]), self.itemsize)
+
+
+def _is_swap(layout: Layout, wanted: Layout) -> bool:
+    """Whether two neighbouring blocks change places and the first of them reaches the end."""
+    head = next((k for k, (a, b) in enumerate(zip(layout, wanted, strict=True)) if a != b), 0)
+    a, b = layout[head:], wanted[head:]
+    return any(a[cut:] + a[:cut] == b for cut in range(1, len(a)))
+
+
+def _together(layout: Layout, group: Layout) -> bool:
+    """Whether a group stands in one piece and in its own order."""
+    if not group:
+        return True
+    start = layout.index(group[0])
+    return layout[start : start + len(group)] == group
+
+
+def _orders(group: Layout) -> Iterable[Layout]:
+    if len(group) <= _MAX_PERMUTED:
+        return itertools.permutations(group)
+    return [group, group[::-1]]
+
+
+def _linear(plan: _Plan, count: int) -> tuple[Step, ...]:
+    """Steps in an order in which each comes after what it reads, results numbered from `count`."""
+    steps: list[Step] = []
+
+    def visit(plan: _Plan) -> int:
+        if isinstance(plan, int):
+            return plan
+        left, right = visit(plan.left), visit(plan.right)
+        steps.append(Step(left, right, plan.form, plan.order))
+        return count + len(steps) - 1
+
+    visit(plan)
+    return tuple(steps)

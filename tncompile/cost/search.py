@@ -1,0 +1,247 @@
+"""Candidate contraction trees: which cores to merge at compile time, and in which order to contract the rest.
+
+The only file that talks to cotengra.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from tncompile.cost.profile import DeviceProfile
+from tncompile.ir.core import Tree, left_to_right
+
+Names = tuple[str, ...]
+MAX_CORE_ELEMENTS = 1 << 27
+_OPTIMAL_UP_TO = 9
+_PARTITIONS_UP_TO = 6
+
+
+def ssa_to_tree(path: Sequence[Sequence[int]], count: int) -> Tree:
+    """A path of pairs, each result numbered after the last, as a nested tuple."""
+    trees: list[Tree] = list(range(count))
+    used: set[int] = set()
+    for pair in path:
+        used.update(pair)
+        trees.append(trees[pair[0]] if len(pair) == 1 else tuple(trees[p] for p in pair))
+    rest = [t for p, t in enumerate(trees) if p not in used]
+    return rest[0] if len(rest) == 1 else left_to_right_trees(rest)
+
+
+def left_to_right_trees(trees: Sequence[Tree]) -> Tree:
+    """Contract whole trees one after another."""
+    return functools.reduce(lambda a, b: (a, b), trees)
+
+
+def optimal(inputs: Sequence[Names], output: Names, sizes: Mapping[str, int], minimize: str = "flops") -> Tree:
+    """cotengra's optimal order for small networks, its greedy one for larger ones."""
+    if len(inputs) <= 2:
+        return left_to_right(range(len(inputs)))
+    from cotengra.pathfinders import path_basic
+
+    args = (list(inputs), output, dict(sizes))
+    if len(inputs) <= _OPTIMAL_UP_TO:
+        path = path_basic.optimize_optimal(*args, minimize=minimize, use_ssa=True)
+    else:
+        path = path_basic.optimize_greedy(*args, use_ssa=True)
+    return ssa_to_tree(path, len(inputs))
+
+
+class TreeSearch:
+    """Searches trees of one network.
+
+    `inputs` are the indices of its tensors, `core[p]` whether tensor p is a constant, `sizes` the sizes of
+    all indices. Trees whose compile-time part would make a core of over `MAX_CORE_ELEMENTS` are not offered.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Names], core: Sequence[bool], output: Names, sizes: Mapping[str, int], profile: DeviceProfile
+    ) -> None:
+        self.inputs = list(inputs)
+        self.core = list(core)
+        self.output = output
+        self.sizes = dict(sizes)
+        self.profile = profile
+
+    def kept(self, positions: Collection[int]) -> Names:
+        """Indices of the contraction of some tensors, in order of first use."""
+        inside = {p: None for p in positions}
+        needed = {*self.output} | {i for p, names in enumerate(self.inputs) if p not in inside for i in names}
+        return tuple(i for i in dict.fromkeys(i for p in positions for i in self.inputs[p]) if i in needed)
+
+    def elements(self, positions: Collection[int]) -> int:
+        """Size of the contraction of some tensors."""
+        return math.prod(self.sizes[i] for i in self.kept(positions))
+
+    def dense(self) -> Tree | None:
+        """All connected cores merged into one: what a dense layer is. None where that is too large."""
+        groups = self._components([p for p, core in enumerate(self.core) if core])
+        return self._with_groups(groups, "flops")
+
+    def merges(self) -> Iterator[Tree]:
+        """Every way to merge connected cores at compile time, each with cotengra's best order of the rest."""
+        cores = [p for p, core in enumerate(self.core) if core]
+        if len(cores) > _PARTITIONS_UP_TO or len(self.inputs) > _OPTIMAL_UP_TO:
+            return
+        for groups in _partitions(cores):
+            if any(len(self._components(g)) > 1 for g in groups):
+                continue
+            tree = self._with_groups(groups, "combo-32")
+            if tree is not None:
+                yield tree
+
+    def hyper(self, max_trials: int, max_seconds: float) -> Tree:
+        """cotengra's hyper-optimizer under our own cost, in which subtrees of cores are free."""
+        import cotengra
+
+        state = random.getstate()
+        random.seed(0)  # cotengra's drivers draw from it: the same model must give the same file
+        try:
+            optimizer = cotengra.HyperOptimizer(
+                methods=["greedy"],
+                minimize=self.objective(),
+                max_repeats=max_trials,
+                max_time=max_seconds,
+                parallel=False,
+                optlib="random",
+                optlib_opts={"seed": 0},
+                on_trial_error="ignore",
+            )
+            tree = optimizer.search(self.inputs, self.output, self.sizes)
+            return ssa_to_tree(tree.get_ssa_path(), len(self.inputs))
+        finally:
+            random.setstate(state)
+
+    def objective(self) -> Any:
+        """Our cost as a cotengra objective."""
+        return _objective_class()(tuple(self.core), self.profile, self.sizes)
+
+    def estimate(self, tree: Tree) -> float:
+        """Seconds of a tree without layouts: a lower bound of its schedule, to rank many trees quickly."""
+        total, count = 0.0, {}  # type: float, dict[str, int]
+        for names in self.inputs:
+            for name in names:
+                count[name] = count.get(name, 0) + 1
+
+        def visit(tree: Tree) -> tuple[Names, bool]:
+            nonlocal total
+            if isinstance(tree, int):
+                return self.inputs[tree], self.core[tree]
+            result, constant = visit(tree[0])
+            for branch in tree[1:]:
+                other, other_constant = visit(branch)
+                for names in (result, other):
+                    for name in names:
+                        count[name] -= 1
+                union = tuple(dict.fromkeys((*result, *other)))
+                kept = tuple(i for i in union if i in self.output or count[i] > 0)
+                for name in kept:
+                    count[name] += 1
+                constant = constant and other_constant
+                if not constant:
+                    total += step_seconds(self.profile, *map(self._size, (union, result, other, kept)))
+                result = kept
+            return result, constant
+
+        visit(tree)
+        return total
+
+    def _size(self, names: Names) -> int:
+        return math.prod(self.sizes[i] for i in names)
+
+    def _components(self, positions: Collection[int]) -> list[tuple[int, ...]]:
+        rest, groups = list(positions), []  # type: list[int], list[tuple[int, ...]]
+        while rest:
+            group = [rest.pop(0)]
+            names = {*self.inputs[group[0]]}
+            grown = True
+            while grown:
+                near = [p for p in rest if names & {*self.inputs[p]}]
+                grown = bool(near)
+                for p in near:
+                    rest.remove(p)
+                    group.append(p)
+                    names |= {*self.inputs[p]}
+            groups.append(tuple(sorted(group)))
+        return groups
+
+    def _with_groups(self, groups: Sequence[tuple[int, ...]], minimize: str) -> Tree | None:
+        """The tree that first merges each group of cores, then contracts the rest in cotengra's order."""
+        if any(self.elements(g) > MAX_CORE_ELEMENTS for g in groups):
+            return None
+        grouped = {p for g in groups for p in g}
+        parts: list[tuple[int, ...]] = [(p,) for p in range(len(self.inputs)) if p not in grouped]
+        parts += [tuple(g) for g in groups]
+        inputs = [self.kept(g) for g in parts]
+        outer = optimal(inputs, self.output, self.sizes, minimize)
+        inner = [self._inner(g) for g in parts]
+
+        def place(tree: Tree) -> Tree:
+            return inner[tree] if isinstance(tree, int) else tuple(place(b) for b in tree)
+
+        return place(outer)
+
+    def _inner(self, group: tuple[int, ...]) -> Tree:
+        if len(group) == 1:
+            return group[0]
+        tree = optimal([self.inputs[p] for p in group], self.kept(group), self.sizes)
+
+        def place(tree: Tree) -> Tree:
+            return group[tree] if isinstance(tree, int) else tuple(place(b) for b in tree)
+
+        return place(tree)
+
+
+def step_seconds(profile: DeviceProfile, union: int, left: int, right: int, result: int) -> float:
+    """Seconds of one contraction from the sizes of all its indices, of both sides and of the result."""
+    return profile.node + max(2.0 * union / profile.flops, 4.0 * (left + right + result) / profile.bandwidth)
+
+
+def _partitions(items: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
+    """All partitions of a sequence into groups."""
+    if not items:
+        yield []
+        return
+    first, rest = items[0], items[1:]
+    for size in range(len(rest) + 1):
+        for others in itertools.combinations(rest, size):
+            remaining = [p for p in rest if p not in others]
+            for partition in _partitions(remaining):
+                yield [(first, *others), *partition]
+
+
+@functools.cache
+def _objective_class() -> Callable[..., Any]:
+    """Made on first use, so that importing this file does not import cotengra."""
+    from cotengra.scoring import ExactObjective
+
+    class RunTime(ExactObjective):  # type: ignore[misc, unused-ignore]
+        """Seconds at run time: a node all of whose leaves are cores is free."""
+
+        __slots__ = ("core", "profile", "sizes")
+
+        def __init__(self, core: tuple[bool, ...], profile: DeviceProfile, sizes: Mapping[str, int]) -> None:
+            self.core = core
+            self.profile = profile
+            self.sizes = sizes
+
+        def cost_local_tree_node(self, tree: Any, node: Any) -> float:
+            if tree.is_leaf(node) or all(self.core[p] for p in tree.get_subgraph(node)):
+                return 0.0
+            left, right = tree.children[node]
+            union = {*tree.get_legs(left), *tree.get_legs(right)}
+            flops = math.prod(self.sizes[i] for i in union)
+            return step_seconds(self.profile, flops, tree.get_size(left), tree.get_size(right), tree.get_size(node))
+
+        def __call__(self, trial: Any) -> float:
+            tree = trial["tree"]
+            return math.log2(1e-12 + sum(self.cost_local_tree_node(tree, node) for node, _, _ in tree.traverse()))
+
+        def get_dynamic_programming_minimize(self) -> str:
+            return "combo-32"
+
+    return RunTime
