@@ -1,0 +1,237 @@
+"""Is the compiled model right? Fresh inputs through ONNX Runtime, against the traced model in float64."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tncompile.errors import CheckError, TNCompileError
+from tncompile.frontend.importer import TracedModel
+from tncompile.ir import Array, Value, dims
+from tncompile.runtime.session import Session
+
+FACTOR = 10.0
+"""How many times the error of eager PyTorch the compiled model's error may be."""
+
+_FLOORS = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3}
+"""Relative errors below which the comparison with eager says nothing: a few roundings of the dtype."""
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """Errors of one output, as max |y - y64| / max |y64| over all runs; `eager` is PyTorch's own."""
+
+    name: str
+    error: float
+    eager: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the bound (never where it is not a number)."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The outputs' checks and the sizes they were run at."""
+
+    outputs: tuple[OutputCheck, ...]
+    runs: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output passed."""
+        return all(o.passed for o in self.outputs)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{o.name}: error {o.error:.2g} (eager {o.eager:.2g}, allowed {o.bound:.2g})" for o in self.outputs
+        )
+
+
+def check(
+    session: Session,
+    traced: TracedModel,
+    batches: Sequence[int] = (1, 3),
+    examples: Sequence[Mapping[str, Array]] = (),
+    seed: int = 0,
+) -> CheckReport:
+    """Compare a session with the float64 evaluation of the traced model.
+
+    Runs `examples` (arrays by input name) where given, else random inputs at each of `batches` for a model
+    with a dynamic batch. Other dynamic dimensions take the example's size, then one more.
+    """
+    program = traced.program
+    expected = {v.name for v in program.inputs}
+    if {*session.inputs} != expected or session.outputs != _public(session, traced):
+        raise CheckError(
+            f"the compiled model has inputs {', '.join(sorted(session.inputs))} and outputs "
+            f"{', '.join(session.outputs)}; the model has {', '.join(sorted(expected))} and "
+            f"{', '.join(name for name, _ in program.outputs)}"
+        )
+    runs: list[tuple[str, Mapping[str, Array]]] = []
+    if examples:
+        runs = [(f"example {k}", example) for k, example in enumerate(examples)]
+    else:
+        generator = np.random.default_rng(seed)
+        for number, sizes in enumerate(_size_sets(traced, batches)):
+            label = ", ".join(f"{k}={v}" for k, v in sizes.items()) or f"fixed shapes, {number}"
+            runs.append((label, random_inputs(traced, sizes, generator)))
+    errors: dict[str, list[tuple[float, float, str]]] = {}
+    for label, feeds in runs:
+        try:
+            outputs = session.run(feeds)
+        except Exception as error:
+            raise CheckError(f"ONNX Runtime fails at {label}: {str(error).splitlines()[0]}") from error
+        reference = run_traced(traced, feeds, torch.float64)
+        eager = run_traced(traced, feeds, None)
+        for (name, result), wide, plain in zip(outputs.items(), reference, eager, strict=True):
+            if result.shape != wide.shape:
+                raise CheckError(f"output {name} has shape {result.shape} at {label}, the model's has {wide.shape}")
+            dtype = str(plain.dtype)
+            errors.setdefault(name, []).append((relative_error(result, wide), relative_error(plain, wide), dtype))
+    checks = []
+    for name, found in errors.items():
+        worst, eager_error = max(e for e, _, _ in found), max(e for _, e, _ in found)
+        if any(math.isnan(e) for e, _, _ in found):
+            worst = math.nan
+        bound = max(FACTOR * eager_error, _FLOORS.get(found[0][2], 0.0))
+        checks.append(OutputCheck(name, worst, eager_error, bound))
+    return CheckReport(tuple(checks), tuple(label for label, _ in runs))
+
+
+def _public(session: Session, traced: TracedModel) -> list[str]:
+    """The outputs' public names; one that an input has too carries a suffix in the file."""
+    inputs = {*session.inputs}
+    return [f"{name}_out" if name in inputs else name for name, _ in traced.program.outputs]
+
+
+def relative_error(result: Array, reference: Array) -> float:
+    """max |result - reference| / max |reference|; values that are not finite must be the same. NaN if not."""
+    if result.size == 0:
+        return 0.0
+    a, b = np.asarray(result, np.float64), np.asarray(reference, np.float64)
+    finite = np.isfinite(b)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.all(np.isfinite(a[finite])):
+        return math.nan
+    scale = float(np.max(np.abs(b[finite]), initial=0.0))
+    distance = float(np.max(np.abs(a[finite] - b[finite]), initial=0.0))
+    return distance if scale == 0 else distance / scale
+
+
+# ------------------------------------------------------------------------------------ inputs
+
+
+def _size_sets(traced: TracedModel, batches: Sequence[int]) -> list[dict[str, int]]:
+    symbols = {s for v in traced.program.inputs for d in v.shape or () for s in dims.symbols(d)}
+    if not symbols:
+        return [{}, {}]
+    ranges = _ranges(traced)
+    sets = []
+    for number, batch in enumerate(batches):
+        sizes = {}
+        for symbol in sorted(symbols):
+            low, high = ranges.get(symbol, (1, 1 << 30))
+            wanted = batch if symbol == "batch" else traced.sizes.get(symbol, 2) + number
+            # torch's lower bound of 2 says only that 1 was not traced; 1 is fine where sizes do not branch
+            sizes[symbol] = min(max(wanted, 1 if low == 2 and symbol == "batch" else low), high)
+        sets.append(sizes)
+    return sets
+
+
+def _ranges(traced: TracedModel) -> dict[str, tuple[int, int]]:
+    found = {}
+    for symbol, bounds in traced.exported.range_constraints.items():
+        low, high = (int(b) if getattr(b, "is_finite", True) and abs(b) < 1 << 30 else 1 << 30 for b in (bounds.lower, bounds.upper))
+        found[traced.symbols.get(str(symbol), str(symbol))] = (low, high)
+    return found
+
+
+def random_inputs(traced: TracedModel, sizes: Mapping[str, int], generator: np.random.Generator) -> dict[str, Array]:
+    """Normal numbers for floating inputs; for others, values drawn from those of the example input."""
+    examples = example_inputs(traced)
+    return {
+        value.name: _random(value, [dims.evaluate(d, sizes) for d in value.shape or ()], examples.get(value.name), generator)
+        for value in traced.program.inputs
+    }
+
+
+def _random(value: Value, shape: Sequence[int], example: Array | None, generator: np.random.Generator) -> Array:
+    dtype = np.dtype(value.dtype)
+    if dtype.kind == "f":
+        return np.asarray(generator.standard_normal(shape), dtype)
+    if example is not None and example.size:
+        return np.asarray(generator.choice(example.reshape(-1), shape), dtype)
+    if dtype.kind == "b":
+        return np.asarray(generator.integers(0, 2, shape), dtype)
+    return np.zeros(shape, dtype) if dtype.kind == "u" else np.asarray(generator.integers(0, 2, shape), dtype)
+
+
+def example_inputs(traced: TracedModel) -> dict[str, Array]:
+    """The example inputs that the exported program carries, by name; empty where it has none."""
+    examples = traced.exported.example_inputs
+    if examples is None:
+        return {}
+    flat = torch.utils._pytree.tree_leaves(examples)
+    names = [s.arg.name for s in traced.exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+    if len(flat) != len(names):
+        return {}
+    return {n: t.detach().numpy() for n, t in zip(names, flat, strict=True) if isinstance(t, torch.Tensor)}
+
+
+# --------------------------------------------------------------------------------- references
+
+
+def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dtype | None) -> list[Array]:
+    """The traced graph's outputs, computed by torch; with a dtype, in that floating dtype throughout.
+
+    The graph is the one that torch.export gave, before any of our passes: an independent reference.
+    """
+    exported = traced.exported
+    interpreter = _Reference(exported.graph_module, dtype)
+    args: list[Any] = []
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind.name == "USER_INPUT":
+            args.append(torch.from_numpy(np.array(feeds[spec.arg.name])) if spec.arg.name in feeds else None)
+        else:
+            store = exported.state_dict if spec.target in exported.state_dict else exported.constants
+            args.append(store[spec.target].detach())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            outputs = interpreter.run(*(interpreter.cast(a) for a in args))
+        except Exception as error:
+            raise TNCompileError(
+                f"the traced model itself cannot run on these inputs: {str(error).splitlines()[0]}; "
+                "give some that it can with --example inputs.npz"
+            ) from error
+    return [o.detach().numpy() for o in outputs]
+
+
+class _Reference(torch.fx.Interpreter):
+    """Runs a graph with every floating tensor, and every floating dtype it names, widened."""
+
+    def __init__(self, module: torch.fx.GraphModule, dtype: torch.dtype | None) -> None:
+        super().__init__(module)
+        self.dtype = dtype
+
+    def cast(self, value: Any) -> Any:
+        if self.dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.to(self.dtype)
+        if self.dtype is not None and isinstance(value, torch.dtype) and value.is_floating_point:
+            return self.dtype
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if "_assert_tensor_metadata" in str(target):
+            return None
+        args, kwargs = torch.utils._pytree.tree_map(self.cast, (args, kwargs))
+        # constants made inside the graph (full, arange) take torch's default dtype
+        return torch.utils._pytree.tree_map(self.cast, super().call_function(target, args, kwargs))

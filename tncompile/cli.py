@@ -1,0 +1,312 @@
+"""The command line. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tncompile import __version__
+from tncompile.errors import LoadError, OutputError, TNCompileError
+
+if TYPE_CHECKING:
+    from tncompile.ir import Array, Program
+
+COMPILE_HELP = """\
+Compile a PyTorch model (a file written by torch.export.save) to plain ONNX for ONNX Runtime.
+
+other commands:
+  tncompile inspect FILE     show the tensor networks of a model or of a compiled file
+  tncompile verify MODEL OUT check a compiled file against the model it came from
+"""
+
+PASSES_HELP = "passes to run, in order, with options in braces: clean,fold,clean,merge_cores,order{max_trials=64}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 done, 1 refused or failed a check, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
+        "inspect": (_inspect_parser, _inspect),
+        "verify": (_verify_parser, _verify),
+    }
+    make, run = commands.get(arguments[0] if arguments else "", (_compile_parser, _compile))
+    if run is not _compile:
+        arguments = arguments[1:]
+    try:
+        return run(make().parse_args(arguments))
+    except TNCompileError as error:
+        print(f"tncompile: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tncompile: interrupted, nothing written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: `tncompile inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+# ---------------------------------------------------------------------------------- parsers
+
+
+def _compile_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tncompile",
+        usage="tncompile MODEL -o OUT [options]",
+        description=COMPILE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the ONNX file to write")
+    _planning_options(parser)
+    parser.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")
+    parser.add_argument("--no-check", action="store_true", help="do not compare with the model in float64")
+    _example_option(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--version", action="version", version=f"tncompile {__version__}")
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tncompile inspect",
+        description="Show the tensor networks of a model, or of a file that tncompile wrote.",
+    )
+    parser.add_argument("file", metavar="FILE", help="a file written by torch.export.save or by tncompile")
+    parser.add_argument("--format", choices=("text", "json", "dot", "networkx"), default="text", help="default: text")
+    parser.add_argument("--after", metavar="PASS", help="show a model as it is after this pass, not as traced")
+    _planning_options(parser)
+    return parser
+
+
+def _verify_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tncompile verify",
+        description="Run a compiled file in ONNX Runtime against its model in float64; exit 1 if it is wrong.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    parser.add_argument("output", metavar="OUT", help="the ONNX file that was made from it")
+    parser.add_argument("--batch", type=_sizes, default=(1, 32), metavar="N,N,...", help="batch sizes (default 1,32)")
+    _example_option(parser)
+    return parser
+
+
+def _planning_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch", type=_sizes, default=(1, 32), metavar="N,N,...", help="batch sizes to plan for (default 1,32)"
+    )
+    parser.add_argument(
+        "--dim",
+        type=_dimension,
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="typical size of another dynamic dimension (default: the example's)",
+    )
+    parser.add_argument("--passes", metavar="LIST", help=PASSES_HELP)
+
+
+def _example_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--example",
+        action="append",
+        default=[],
+        metavar="FILE.npz",
+        help="inputs to check on, by name, instead of random ones; may be given several times",
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split(",") if part.strip())
+    if not sizes or min(sizes) < 1:
+        raise ValueError(text)
+    return sizes
+
+
+_sizes.__name__ = "list of sizes"
+
+
+def _dimension(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    if not name or int(size) < 1:
+        raise ValueError(text)
+    return name, int(size)
+
+
+_dimension.__name__ = "NAME=N"
+
+
+# ---------------------------------------------------------------------------------- commands
+
+
+def _compile(options: argparse.Namespace) -> int:
+    model, output = Path(options.model), Path(options.output)
+    report = None if options.report is None else Path(options.report)
+    _check_paths(model, output, report)
+    passes = _passes(options)
+    from tncompile.frontend.load import detect
+
+    detect(model)  # a missing file is told before torch is loaded
+    with _Progress(options.quiet) as progress:
+        progress(f"loading {model}")
+        from tncompile import compiler
+
+        compiled = compiler.compile_file(
+            model,
+            batch=options.batch,
+            sizes=dict(options.dim),
+            passes=passes or compiler.DEFAULT,
+            check=not options.no_check,
+            examples=[_load_example(path) for path in options.example],
+            progress=progress,
+        )
+        compiler.write_file(output, compiled.onnx)
+        if report is not None:
+            text = json.dumps({**compiled.report.to_dict(), "output": str(output)}, indent=1, ensure_ascii=False)
+            compiler.write_file(report, (text + "\n").encode())
+    if not options.quiet:
+        console = _console(sys.stdout)
+        for part in compiled.report.render():
+            console.print(part)
+        console.print(f"wrote {output}" + (f", report in {report}" if report else ""), highlight=False)
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    program = _program(options)
+    from tncompile import inspect
+
+    if options.format == "text":
+        print(inspect.to_text(program), end="")
+    elif options.format == "json":
+        print(json.dumps(inspect.to_json(program), indent=1, ensure_ascii=False))
+    elif options.format == "dot":
+        print(inspect.to_dot(program), end="")
+    else:
+        print(inspect.networkx_json(program))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tncompile.frontend.load import detect
+
+    if detect(Path(options.output)) != "ONNX":
+        raise LoadError(f"{options.output}: not an ONNX file; give the model first, then the compiled file")
+    from tncompile import compiler
+    from tncompile.frontend.importer import import_exported
+    from tncompile.frontend.load import load_exported
+
+    traced = import_exported(load_exported(options.model))
+    session = compiler.Session(options.output)
+    result = compiler.check_session(
+        session, traced, options.batch, [_load_example(path) for path in options.example]
+    )
+    print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
+    for check in result.outputs:
+        print(
+            f"  {check.name}: relative error {check.error:.2g}, eager PyTorch's {check.eager:.2g}, "
+            f"allowed {check.bound:.2g}"
+        )
+    print(f"  run at {'; '.join(result.runs)}")
+    return 0 if result.passed else 1
+
+
+def _program(options: argparse.Namespace) -> Program:
+    from tncompile.frontend.load import detect
+
+    path = Path(options.file)
+    if detect(path) == "ONNX":
+        if options.after:
+            raise TNCompileError("--after goes with a model; a compiled file shows its last stage only")
+        from tncompile.inspect.compiled import program_of
+
+        return program_of(path)
+    from tncompile import compiler
+    from tncompile.frontend.importer import import_exported
+    from tncompile.frontend.load import load_exported
+
+    passes = _passes(options) or compiler.DEFAULT
+    names = [p.name() for p in passes]
+    if options.after is not None and options.after not in names:
+        raise TNCompileError(f"--after {options.after}: no such pass is run; the passes are {', '.join(names)}")
+    traced = import_exported(load_exported(path))
+    if options.after is None:
+        return traced.program
+    last = len(names) - names[::-1].index(options.after)
+    context = compiler.Context(options.batch, {**traced.sizes, **dict(options.dim)})
+    stages, _ = compiler.run_passes(traced, context, passes[:last])
+    return stages[options.after]
+
+
+def _passes(options: argparse.Namespace) -> Any:
+    if options.passes is None:
+        return None
+    from tncompile.passes.pipeline import parse_passes
+
+    return parse_passes(options.passes)
+
+
+def _check_paths(model: Path, output: Path, report: Path | None) -> None:
+    """Say what is wrong with the paths before any work is done."""
+    for path in (output, report):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OutputError(f"{path}: is a directory; give the name of the file to write")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: the directory {path.parent} does not exist; make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise OutputError(f"{path}: the directory {path.parent} is not writable")
+        if path.exists() and model.exists() and path.samefile(model):
+            raise OutputError(f"{path}: is the model itself; write to another file")
+    if report is not None and report.absolute() == output.absolute():
+        raise OutputError(f"{report}: the report would overwrite the output; give it another name")
+
+
+def _load_example(path: str) -> dict[str, Array]:
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise LoadError(f"{path}: no such file") from error
+    except Exception as error:  # whatever a damaged archive makes numpy raise
+        raise LoadError(f"{path}: not a readable .npz file of arrays ({error})") from error
+
+
+def _console(file: Any) -> Any:
+    from rich.console import Console
+
+    console = Console(file=file, highlight=False)
+    return console if console.is_terminal else Console(file=file, highlight=False, width=140)
+
+
+class _Progress:
+    """What is going on, on stderr: a spinner on a terminal, a line each elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.status: Any = None
+
+    def __enter__(self) -> _Progress:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+
+            self.status = Console(stderr=True).status("starting")
+            self.status.start()
+        return self
+
+    def __call__(self, message: str) -> None:
+        if self.status is not None:
+            self.status.update(message)
+        elif not self.quiet:
+            print(message, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.status is not None:
+            self.status.stop()

@@ -1,0 +1,252 @@
+"""The one place that joins the stages: model -> program -> passes -> ONNX -> check."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+
+from tncompile import __version__
+from tncompile.emit.program import to_onnx
+from tncompile.errors import CheckError, OutputError, TNCompileError, UnsupportedError
+from tncompile.frontend.importer import TracedModel, import_exported
+from tncompile.frontend.load import load_exported
+from tncompile.frontend.trace import trace
+from tncompile.inspect.summary import Report, summarize
+from tncompile.ir import Array, Opaque, Program
+from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
+from tncompile.runtime.check import CheckReport, check
+from tncompile.runtime.session import Session
+
+DEFAULT_BATCH = (1, 32)
+Progress = Callable[[str], None]
+
+
+def _no_progress(message: str) -> None:
+    pass
+
+
+@dataclass
+class CompiledModel:
+    """A compiled model: the ONNX file's bytes, and everything that led to it.
+
+    `stages` has the program as traced (``"traced"``) and after each pass, by the pass's name.
+    """
+
+    onnx: bytes
+    program: Program
+    report: Report
+    traced: TracedModel
+    stages: Mapping[str, Program]
+    _session: Session | None = field(default=None, repr=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ONNX file, whole or not at all. OutputError where that cannot be done."""
+        write_file(path, self.onnx)
+
+    def run(self, *inputs: Any, **named: Any) -> Any:
+        """Run in ONNX Runtime on torch tensors or arrays, in the order or by the names of the model's inputs.
+
+        Returns the output as an array, or a dict of arrays by output name where there are several.
+        """
+        if self._session is None:
+            self._session = Session(self.onnx)
+        names = [v.name for v in self.program.inputs]
+        if len(inputs) > len(names) or {*named} - {*names[len(inputs) :]}:
+            raise TNCompileError(f"the model's inputs are {', '.join(names)}")
+        feeds = {**dict(zip(names, inputs, strict=False)), **named}
+        outputs = self._session.run({name: _array(value) for name, value in feeds.items()})
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+
+def _array(value: Any) -> Array:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def compile(  # noqa: A001 - the name users look for, as in torch.compile
+    module: torch.nn.Module,
+    example_inputs: Sequence[Any],
+    *,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = "batch",
+    **options: Any,
+) -> CompiledModel:
+    """Compile a module, traced in its present mode on example inputs.
+
+    `dynamic_shapes` as in `torch.export.export`; by default the first mode of every tensor input is dynamic
+    where the model allows it. Further `options` as in `compile_exported`.
+    """
+    start = time.perf_counter()
+    exported = trace(module, example_inputs, kwargs, dynamic_shapes)
+    seconds = time.perf_counter() - start
+    return compile_exported(exported, model=type(module).__name__, load_seconds=seconds, **options)
+
+
+def compile_file(path: str | os.PathLike[str], **options: Any) -> CompiledModel:
+    """Compile a file written by `torch.export.save`; `options` as in `compile_exported`."""
+    start = time.perf_counter()
+    exported = load_exported(path)
+    seconds = time.perf_counter() - start
+    return compile_exported(exported, model=str(path), load_seconds=seconds, **options)
+
+
+def compile_exported(
+    exported: torch.export.ExportedProgram,
+    *,
+    batch: int | Sequence[int] = DEFAULT_BATCH,
+    sizes: Mapping[str, int] | None = None,
+    passes: Sequence[Pass] = DEFAULT,
+    check: bool = True,
+    examples: Sequence[Mapping[str, Array]] = (),
+    progress: Progress = _no_progress,
+    model: str = "",
+    load_seconds: float = 0.0,
+) -> CompiledModel:
+    """Compile an exported program.
+
+    `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name.
+    `check`: run the result against the traced model in float64 (CheckError where it is wrong), on `examples`
+    (arrays by input name) or on random inputs. Raises UnsupportedError for what cannot be compiled.
+    """
+    seconds = {"load": load_seconds}
+    watch = _Watch(seconds)
+    progress("importing the graph")
+    traced = import_exported(exported)
+    watch("import")
+    batches = tuple(dict.fromkeys([batch] if isinstance(batch, int) else batch))
+    context = Context(batches, {**traced.sizes, **(sizes or {})})
+    stages, reports = run_passes(traced, context, passes, progress)
+    program = list(stages.values())[-1]
+    watch("passes")
+    progress("writing ONNX")
+    data = to_bytes(program, traced)
+    watch("emit")
+    result: CheckReport | None = None
+    session: Session | None = None
+    if check:
+        progress("checking the numbers")
+        session = Session(data)
+        result = check_session(session, traced, batches, examples)
+        watch("check")
+    composed = stages.get("fold", traced.program)
+    networks, views = summarize(composed, program, reports, context)
+    report = Report(
+        networks=networks,
+        passes=reports,
+        check=result,
+        seconds=seconds,
+        model=model,
+        size=len(data),
+        views=views,
+        opaque=sum(isinstance(n, Opaque) and n.output.dtype != "scalar" for n in program.nodes),
+        batches=batches,
+        version=__version__,
+    )
+    if result is not None and not result.passed:
+        raise CheckError(f"the compiled model is not as exact as it must be: {result}")
+    return CompiledModel(data, program, report, traced, stages, session)
+
+
+class _Watch:
+    """Notes the time since its last call."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.last = time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self.last
+        self.last = now
+
+
+def run_passes(
+    traced: TracedModel, context: Context, passes: Sequence[Pass] = DEFAULT, progress: Progress = _no_progress
+) -> tuple[dict[str, Program], tuple[PassReport, ...]]:
+    """The program after each pass, by name (``"traced"`` first; of a pass run twice, the last), and the reports."""
+    stages = {"traced": traced.program}
+
+    def note(name: str, program: Program) -> None:
+        stages.pop(name, None)
+        stages[name] = program
+        progress(f"{name}: {len(program.networks)} networks")
+
+    _, reports = Pipeline(passes).run(traced.program, context, note)
+    return stages, reports
+
+
+def check_session(
+    session: Session,
+    traced: TracedModel,
+    batches: Sequence[int] = DEFAULT_BATCH,
+    examples: Sequence[Mapping[str, Array]] = (),
+) -> CheckReport:
+    """Check at batch sizes that show a fixed batch or a mixed-up mode, and at no more than 64."""
+    small = tuple(dict.fromkeys([*(min(b, 64) for b in batches), 3]))
+    return check(session, traced, small, examples)
+
+
+def to_bytes(program: Program, traced: TracedModel) -> bytes:
+    """A scheduled program as the bytes of an ONNX file that passes `onnx.checker`."""
+    size = sum(a.nbytes for a in program.arrays.values())
+    if size > 2**31 - 2**20:
+        raise UnsupportedError(f"the compiled model would be {size / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
+    proto = onnx_ir.to_proto(to_onnx(program, traced))
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString(deterministic=True)
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that it appears whole or not at all, and an old one stays until then."""
+    path = Path(path)
+    check_writable(path)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode is for private files
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """OutputError, before any work is done, for a path that cannot become a file."""
+    parent = path.parent
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; give the name of the file to write")
+    if not parent.is_dir():
+        raise OutputError(f"{path}: the directory {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{path}: the directory {parent} is not writable")
+
+
+__all__ = [
+    "CompiledModel",
+    "check_session",
+    "compile",
+    "compile_exported",
+    "compile_file",
+    "run_passes",
+    "to_bytes",
+    "write_file",
+]

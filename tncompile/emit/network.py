@@ -1,0 +1,360 @@
+"""A scheduled network -> ONNX nodes: MatMul, Gemm, Conv 1x1, Mul, ReduceSum, Transpose and Reshape; no Einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as onnx
+
+from tncompile.cost.schedule import classify, reduced_layout
+from tncompile.emit.graph import GraphWriter, Group, Groups, Laid, Weights
+from tncompile.ir import Array, Network, Step, Tensor, Term
+from tncompile.ir.evaluate import contract, einsum, labelled
+
+Side = Laid | Tensor  # a run-time array, or a core whose order is still free
+
+
+def lower(
+    network: Network, operands: Mapping[str, onnx.Value], weights: Weights
+) -> tuple[list[onnx.Node], onnx.Value]:
+    """The nodes that compute a network from the values of its operands, and the value they end in.
+
+    The terms must be scheduled (see the pass `order`).
+    """
+    return _Lowering(network, operands, weights).run()
+
+
+class _Lowering:
+    def __init__(self, network: Network, operands: Mapping[str, onnx.Value], weights: Weights) -> None:
+        self.network = network
+        self.output = tuple(i.name for i in network.output.indices)
+        self.out_axes: Groups = tuple(tuple(i.name for i in axis) for axis in network.output.axes)
+        sizes = {name: index.size for name, index in network.indices.items()}
+        for tensor in network.operands:  # repeated indices have names of their own until their diagonal is taken
+            sizes |= {i.name + "'" * k: i.size for i in tensor.indices for k in range(len(tensor.indices))}
+        laid = [self._distinct(self._laid(t, operands[t.name])) for t in network.operands]
+        self.write = GraphWriter(network.name or network.output.name, sizes, weights, laid)
+        self.values = operands
+
+    def run(self) -> tuple[list[onnx.Node], onnx.Value]:
+        moving = [t for t in self.network.terms if not t.is_constant]
+        constants = [t for t in self.network.terms if t.is_constant]
+        if not moving:
+            result = self._constant(constants)
+        else:
+            result = self._sum(moving, constants)
+        return self.write.nodes, result.value
+
+    @staticmethod
+    def _laid(tensor: Tensor, value: onnx.Value) -> Laid:
+        return Laid(value, tuple(tuple(i.name for i in axis) for axis in tensor.axes))
+
+    # ------------------------------------------------------------------------------ terms
+
+    def _constant(self, terms: Sequence[Term]) -> Laid:
+        shape = [int(i.size) for i in self.network.output.indices]
+        total = np.zeros(shape) + sum((self._term_array(t, self.output) for t in terms), np.zeros(()))
+        shaped = total.reshape([int(self.write.size(g)) for g in self.out_axes]).astype(self.network.dtype)
+        return Laid(self.write.weights.add(self.network.output.name, shaped), self.out_axes)
+
+    def _term_array(self, term: Term, order: Group) -> Array:
+        """A term of cores with one axis for each index of `order`, of size 1 where it lacks the index."""
+        parts = [self._reduced(t, None) for t in term.tensors]
+        array, names = contract(parts, term.order, {*order})
+        present = [n for n in order if n in names]
+        sizes = [int(self.write.sizes[n]) if n in names else 1 for n in order]
+        return einsum([(array, names)], present).reshape(sizes)
+
+    def _reduced(self, core: Tensor, layout: Group | None) -> tuple[Array, Group]:
+        array, names = labelled(core)
+        array = array.reshape([int(i.size) for i in core.indices])
+        return (array, names) if layout is None else (einsum([(array, names)], layout), layout)
+
+    def _reduced_core(self, core: Tensor, layout: Group) -> Tensor:
+        """A core without repeated indices and without those that only it has."""
+        if tuple(i.name for i in core.indices) == layout:
+            return core
+        array, names = self._reduced(core, layout)
+        indices = self.network.indices
+        return Tensor(core.name, tuple((indices[n],) for n in names), array.astype(self.network.dtype))
+
+    def _sum(self, moving: Sequence[Term], constants: Sequence[Term]) -> Laid:
+        first = self._term(moving[0], constants)
+        if len(moving) == 1 and {*first.order} == {*self.output}:
+            return self.write.arrange(first, self.out_axes)
+        rest = [self._term(t, ()) for t in moving[1:]]
+        total = self._spread(first)
+        for term in rest:
+            total = Laid(self.write.op("Add", [total.value, self._spread(term).value]), self._union(total, term))
+        missing = [n for n in self.output if n not in total.order]
+        if missing:
+            shape = [int(self.write.sizes[n]) if n in missing else 1 for n in self.output]
+            target = self.write.constant(f"expand_{'x'.join(map(str, shape))}", shape)
+            total = Laid(self.write.op("Expand", [total.value, target]), tuple((n,) for n in self.output))
+        return self.write.arrange(total, self.out_axes)
+
+    def _union(self, total: Laid, term: Laid) -> Groups:
+        if total.axes == self.out_axes and {*term.order} == {*self.output}:
+            return self.out_axes
+        return tuple((n,) if n in total.order or n in term.order else () for n in self.output)
+
+    def _spread(self, laid: Laid) -> Laid:
+        """Ready to be added: in the output's own axes, or with an axis (maybe of size 1) for each index."""
+        everywhere = all({*i} == {*self.output} for i in self._term_indices())
+        if everywhere:
+            return self.write.arrange(laid, self.out_axes)
+        return self.write.arrange(laid, tuple((n,) if n in laid.order else () for n in self.output))
+
+    def _term_indices(self) -> list[set[str]]:
+        output = {*self.output}
+        return [output & {*t.indices} for t in self.network.terms if not t.is_constant]
+
+    def _term(self, term: Term, biases: Sequence[Term]) -> Laid:
+        sides: list[Side] = []
+        for position, tensor in enumerate(term.tensors):
+            layout = reduced_layout(term, position, self.output)
+            if tensor.is_core:
+                sides.append(self._reduced_core(tensor, layout))
+            else:
+                sides.append(self._take(self._laid(tensor, self.values[tensor.name]), layout))
+        if term.steps is None:
+            raise ValueError(f"{self.network.name}: a term has no schedule")
+        pending = biases
+        for number, step in enumerate(term.steps):
+            left, right = sides[step.left], sides[step.right]
+            assert isinstance(left, Laid)
+            last = number == len(term.steps) - 1
+            result = self._step(left, right, step)
+            if last and pending:
+                fused = self._fuse_bias(result, pending)
+                if fused is not None:
+                    result, pending = fused, ()
+            sides.append(result)
+        result = sides[-1] if term.steps else sides[0]
+        assert isinstance(result, Laid)
+        return self._add_bias(result, pending) if pending else result
+
+    def _take(self, laid: Laid, layout: Group) -> Laid:
+        """An operand with its repeated indices reduced to their diagonal and its free indices summed."""
+        laid = self._distinct(laid)
+        for name in laid.order:
+            if name.endswith("'"):
+                laid = self._diagonal(laid, name.rstrip("'"), name)
+        summed = [n for n in laid.order if n not in layout]
+        if summed:
+            groups: list[Group] = []
+            for name in laid.order:
+                previous = groups[-1] if groups else ()
+                together = previous and (previous[0] in summed) == (name in summed)
+                if together and not (self.write.symbolic(name) and any(map(self.write.symbolic, previous))):
+                    groups[-1] = (*previous, name)
+                else:
+                    groups.append((name,))
+            if all(len({n in summed for n in axis}) <= 1 for axis in laid.axes):
+                groups = list(laid.axes)
+            laid = self._reduce(self.write.regroup(laid, tuple(groups)), summed)
+        return laid
+
+    def _reduce(self, laid: Laid, summed: Sequence[str]) -> Laid:
+        axes = [k for k, axis in enumerate(laid.axes) if axis and axis[0] in summed]
+        wanted = self.write.constant(f"axes_{'_'.join(map(str, axes))}", axes)
+        kept = tuple(axis for k, axis in enumerate(laid.axes) if k not in axes)
+        return Laid(self.write.op("ReduceSum", [laid.value, wanted], keepdims=0), kept)
+
+    def _distinct(self, laid: Laid) -> Laid:
+        """The second, third ... place of an index is called ``k'``, ``k''`` ..."""
+        seen: dict[str, int] = {}
+
+        def name_of(name: str) -> str:
+            seen[name] = seen.get(name, -1) + 1
+            return name + "'" * seen[name]
+
+        return Laid(laid.value, tuple(tuple(map(name_of, axis)) for axis in laid.axes))
+
+    def _diagonal(self, laid: Laid, name: str, twin: str) -> Laid:
+        """``x[.., k, .., k']`` -> ``x[.., k]``: as one axis of k·k, of which every (k+1)-th element is taken."""
+        size = self.write.sizes[name]
+        if not isinstance(size, int):
+            raise ValueError(f"the diagonal of a mode of run-time size {size}")
+        rest = tuple(n for n in laid.order if n not in (name, twin))
+        laid = self.write.arrange(laid, (*self.write.gather(rest), (name, twin)))
+        args = [self.write.constant(f"slice_{k}", [v]) for k, v in (("0", 0), (str(size * size), size * size))]
+        args += [self.write.constant("slice_last", [-1]), self.write.constant(f"slice_by_{size + 1}", [size + 1])]
+        return Laid(self.write.op("Slice", [laid.value, *args]), (*laid.axes[:-1], (name,)))
+
+    # ------------------------------------------------------------------------------ steps
+
+    def _step(self, left: Laid, right: Side, step: Step) -> Laid:
+        right_order = right.order if isinstance(right, Laid) else tuple(i.name for i in right.indices)
+        kept = {*step.order}
+        if step.form == "multiply":
+            return self._multiply(left, right, right_order, step.order)
+        c = classify(left.order, right_order, kept)
+        free = tuple(n for n in step.order if n in c.right)
+        if step.form == "core_left":
+            assert isinstance(right, Tensor)
+            return self._core_left(left, right, c.batch, c.summed, free, step.order)
+        rows = tuple(n for n in step.order if n not in c.right)
+        if not c.batch:
+            return self._matmul(left, right, rows, c.summed, free)
+        start = min(map(rows.index, c.batch))
+        batch = rows[start : start + len(c.batch)]
+        before, after = rows[:start], rows[start + len(c.batch) :]
+        axes = (*self.write.gather(before), *self.write.gather(batch))
+        tail = self._one(after)
+        left = self.write.arrange(left, (*axes, *tail, c.summed))
+        matrix = self._side(right, (*self.write.gather(batch), c.summed, free))
+        value = self.write.op("MatMul", [left.value, matrix.value])
+        return Laid(value, (*axes, *tail, free))
+
+    def _one(self, names: Group) -> Groups:
+        """Exactly one axis for some indices, or several where run-time sizes forbid one."""
+        return self.write.gather(names) if names else ((),)
+
+    def _matmul(self, left: Laid, right: Side, rows: Group, summed: Group, free: Group) -> Laid:
+        left = self.write.permute(left, (*rows, *summed))
+        lead = self.write.gather(rows, left.axes) if rows else ((),)
+        if (*lead, summed) != left.axes and len(lead) > 1:
+            lead = self.write.gather(rows)  # a Reshape is due in any case: as few axes as possible
+        left = self.write.regroup(left, (*lead, summed))
+        if isinstance(right, Laid):  # two-dimensional on the right, whatever is on the left
+            right = self.write.arrange(right, (summed, free))
+        matrix = self._side(right, (summed, free))
+        return Laid(self.write.op("MatMul", [left.value, matrix.value]), (*lead, free))
+
+    def _core_left(self, left: Laid, core: Tensor, batch: Group, summed: Group, free: Group, order: Group) -> Laid:
+        start = order.index((*batch, *free)[0]) if (*batch, *free) else _position(left.order, summed)
+        before = order[:start]
+        after = order[start + len(batch) + len(free) :]
+        batch = order[start : start + len(batch)]
+        left = self.write.permute(left, (*before, *batch, *summed, *after))  # in place already, as scheduled
+        if not batch and _is_channels(left, before, summed, after):
+            shape = (free, summed, *((),) * (len(left.axes) - 2))
+            weight = self._side(core, shape)
+            return Laid(self.write.op("Conv", [left.value, weight.value]), (left.axes[0], free, *left.axes[2:]))
+        groups = (*self.write.gather(before), *self.write.gather(batch))
+        tail = self._one(after)
+        if len(tail) > 1:  # several run-time sizes behind: they become batch modes of a row each
+            return self._matmul_last(left, core, before, batch, summed, free, after)
+        left = self.write.regroup(left, (*groups, summed, *tail))
+        matrix = self._side(core, (*self.write.gather(batch), free, summed))
+        return Laid(self.write.op("MatMul", [matrix.value, left.value]), (*groups, free, *tail))
+
+    def _matmul_last(
+        self, left: Laid, core: Tensor, before: Group, batch: Group, summed: Group, free: Group, after: Group
+    ) -> Laid:
+        axes = (*self.write.gather(before), *self.write.gather(batch), *self.write.gather(after))
+        left = self.write.arrange(left, (*axes, summed)) if not batch else left
+        if batch:
+            lead = (*self.write.gather((*before, *after)), *self.write.gather(batch), ())
+            left = self.write.arrange(left, (*lead, summed))
+            matrix = self._side(core, (*self.write.gather(batch), summed, free))
+            result = Laid(self.write.op("MatMul", [left.value, matrix.value]), (*lead, free))
+        else:
+            result = Laid(self.write.op("MatMul", [left.value, self._side(core, (summed, free)).value]), (*axes, free))
+        return self.write.permute(result, (*before, *batch, *free, *after))
+
+    def _multiply(self, left: Laid, right: Side, right_order: Group, order: Group) -> Laid:
+        free = tuple(n for n in right_order if n not in left.order)
+        full = (*left.order, *(n for n in order if n in free))
+        summed = tuple(n for n in left.order if n not in order)
+
+        def kind(name: str) -> tuple[bool, bool, bool]:
+            return name in left.order, name in right_order, name in summed
+
+        if all(len({kind(n) for n in axis}) <= 1 for axis in left.axes):
+            runs = [axis for axis in left.axes if axis]
+        else:
+            runs = self._runs(left.order, kind)
+        runs += self._runs(full[len(left.order) :], kind)
+        wide: Groups = tuple(run if run[0] in left.order else () for run in runs)
+        left = self.write.regroup(left, wide)
+        narrow = tuple(run if run[0] in right_order else () for run in runs)
+        if isinstance(right, Tensor):
+            while narrow and not narrow[0]:
+                narrow = narrow[1:]  # broadcasting aligns to the right
+        factor = self._side(right, narrow)
+        product = Laid(self.write.op("Mul", [left.value, factor.value]), tuple(runs))
+        return self._reduce(product, summed) if summed else product
+
+    def _runs(self, names: Group, kind: object) -> list[Group]:
+        runs: list[Group] = []
+        for name in names:
+            same = bool(runs) and kind(runs[-1][0]) == kind(name)  # type: ignore[operator]
+            if same and not (self.write.symbolic(name) and any(map(self.write.symbolic, runs[-1]))):
+                runs[-1] = (*runs[-1], name)
+            else:
+                runs.append((name,))
+        return runs
+
+    def _side(self, side: Side, groups: Groups) -> Laid:
+        """The right side in given groups: a core is arranged at compile time."""
+        if isinstance(side, Laid):
+            return self.write.arrange(side, groups)
+        order = tuple(n for g in groups for n in g)
+        names = tuple(i.name for i in side.indices)
+        shape = [int(self.write.size(g)) for g in groups]
+        shared = self.write.weights.shared.get(id(side.data))
+        if shared is not None:
+            return self.write.arrange(self._laid(side, shared), groups)
+        perm = [names.index(n) for n in order]
+        array = np.ascontiguousarray(side.array().transpose(perm)).reshape(shape)
+        suffix = "" if perm == sorted(perm) else f"[{' '.join(order)}]"
+        return Laid(self.write.weights.add(side.name + suffix, array), groups)
+
+    # ------------------------------------------------------------------------------ biases
+
+    def _fuse_bias(self, result: Laid, biases: Sequence[Term]) -> Laid | None:
+        """Into the MatMul or Conv just written, where that has an input for it."""
+        node = self.write.nodes[-1]
+        if node.outputs[0] is not result.value or {n for b in biases for n in b.indices} - {*result.order}:
+            return None
+        axis = 1 if node.op_type == "Conv" else len(result.axes) - 1
+        if node.op_type not in ("Conv", "MatMul") or (node.op_type == "MatMul" and len(result.axes) != 2):
+            return None
+        array = sum((self._term_array(b, result.order) for b in biases), np.zeros(()))
+        inside = {n for n, size in zip(result.order, array.shape, strict=True) if size != 1}
+        if not inside <= {*result.axes[axis]}:
+            return None
+        sizes = [int(self.write.sizes[n]) for n in result.axes[axis]]
+        lead = [k for k, n in enumerate(result.order) if n not in result.axes[axis]]
+        vector = np.broadcast_to(np.squeeze(array, axis=tuple(lead)), sizes).reshape(-1)
+        bias = self.write.weights.add(biases[0].tensors[0].name, vector.astype(self.network.dtype))
+        self.write.nodes.pop()
+        op = "Conv" if node.op_type == "Conv" else "Gemm"
+        return Laid(self.write.op(op, [*node.inputs, bias]), result.axes)  # type: ignore[list-item]
+
+    def _add_bias(self, result: Laid, biases: Sequence[Term]) -> Laid:
+        if any(n not in result.order for b in biases for n in b.indices):  # the bias is the wider one
+            result = self.write.arrange(result, tuple((n,) if n in result.order else () for n in self.output))
+            array = sum((self._term_array(b, self.output) for b in biases), np.zeros(()))
+            sizes = zip(self.output, array.shape, strict=True)
+            axes = tuple((n,) if n in result.order or size != 1 else () for n, size in sizes)
+        else:
+            array = sum((self._term_array(b, result.order) for b in biases), np.zeros(()))
+            varying = {n for n, size in zip(result.order, array.shape, strict=True) if size != 1}
+            if any(varying & {*axis} and any(map(self.write.symbolic, axis)) for axis in result.axes):
+                result = self.write.regroup(result, tuple((n,) for n in result.order))
+            # along an axis of several indices the bias is written out in full, or not at all
+            full = {n for axis in result.axes if varying & {*axis} for n in axis}
+            array = np.broadcast_to(array, [int(self.write.sizes[n]) if n in full else 1 for n in result.order])
+            array = array.reshape([int(self.write.size(axis)) if full & {*axis} else 1 for axis in result.axes])
+            axes = result.axes
+        while array.ndim > 1 and array.shape[0] == 1:
+            array = array[0]
+        bias = self.write.weights.add(biases[0].tensors[0].name, array.astype(self.network.dtype))
+        return Laid(self.write.op("Add", [result.value, bias]), axes)
+
+
+def _position(order: Group, names: Group) -> int:
+    return min(order.index(n) for n in names)
+
+
+def _is_channels(left: Laid, before: Group, summed: Group, after: Group) -> bool:
+    """Whether a contraction is what it mostly was: a 1x1 convolution over axis 1 of (batch, channels, space..)."""
+    axes = left.axes
+    if not 3 <= len(axes) <= 5 or len(before) == 0:
+        return False
+    space = tuple(n for axis in axes[2:] for n in axis)
+    return axes[0] == before and axes[1] == summed and space == after and all(axes[2:])

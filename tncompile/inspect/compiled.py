@@ -1,0 +1,28 @@
+"""The program that a compiled file carries in its metadata."""
+
+from __future__ import annotations
+
+import os
+
+from tncompile.errors import LoadError
+from tncompile.ir import Program
+from tncompile.ir import text as ir_text
+
+KEY = "tncompile.program"
+
+
+def program_of(path: str | os.PathLike[str]) -> Program:
+    """Read the program of an ONNX file that tncompile wrote; its cores have shapes but no numbers.
+
+    LoadError for another ONNX file.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(os.fspath(path), load_external_data=False)
+    except Exception as error:  # protobuf's own errors have no common base
+        raise LoadError(f"{path}: not a readable ONNX file ({error})") from error
+    text = {p.key: p.value for p in model.metadata_props}.get(KEY)
+    if text is None:
+        raise LoadError(f"{path}: an ONNX file that tncompile did not write; give the exported program instead")
+    return ir_text.parse(text)

@@ -1,0 +1,215 @@
+"""What a compile did: for each network its shape, its cores, what each way to compute it costs, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tncompile.ir import Network, Program, dims
+from tncompile.passes.base import Context, PassReport
+from tncompile.passes.order import cost_of, dense_tree
+from tncompile.runtime.check import CheckReport
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs (multiply and add count as two), bytes read and written, and predicted seconds of one call."""
+
+    flops: float
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class NetworkSummary:
+    """One network: `parameters` as traced, `dense_parameters` with all cores merged, `stored` in the file.
+
+    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way.
+    """
+
+    name: str
+    value: str
+    inputs: tuple[str, ...]
+    output: str
+    cores: tuple[str, ...]
+    bonds: tuple[str, ...]
+    parameters: int
+    dense_parameters: int
+    stored: int
+    costs: dict[int, dict[str, Cost]]
+    plan: tuple[str, ...]
+    decisions: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole story of one compile; prints as a table, `to_dict` is what ``--report`` writes."""
+
+    networks: tuple[NetworkSummary, ...]
+    passes: tuple[PassReport, ...]
+    check: CheckReport | None
+    seconds: dict[str, float]
+    model: str = ""
+    size: int = 0
+    views: int = 0
+    opaque: int = 0
+    batches: tuple[int, ...] = ()
+    version: str = field(default="")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        data = asdict(self)
+        data["check"] = None if self.check is None else {**asdict(self.check), "passed": self.check.passed}
+        return {"tncompile": data.pop("version"), **data}
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120)
+        with console.capture() as capture:
+            for part in self.render():
+                console.print(part)
+        return capture.get().rstrip()
+
+    def render(self) -> list[RenderableType]:
+        """The summary for a terminal: a table and the lines under it."""
+        from rich.table import Table
+        from rich.text import Text
+
+        parts: list[RenderableType] = []
+        if self.networks:
+            largest = max(self.batches)
+            table = Table(title=None, box=None, pad_edge=False, header_style="bold", show_edge=False)
+            table.add_column("network")
+            table.add_column("shape")
+            table.add_column("cores and bonds")
+            table.add_column("parameters\nof dense", justify="right")
+            table.add_column(f"MFLOP, batch {largest}\nnaive/dense/now", justify="right")
+            table.add_column(f"MB, batch {largest}\nnaive/dense/now", justify="right")
+            table.add_column("what was done")
+            for net in self.networks:
+                cost = net.costs[largest]
+                cells = (
+                    net.name,
+                    f"{' '.join(net.inputs)} → {net.output}",
+                    f"{len(net.cores)} core{'s' * (len(net.cores) != 1)}"
+                    + (f"\n{' '.join(net.bonds)}" if net.bonds else ""),
+                    f"{net.parameters:,}\n{net.dense_parameters:,}",
+                    "/".join(_short(c.flops / 1e6) for c in cost.values()),
+                    "/".join(_short(c.bytes / 1e6) for c in cost.values()),
+                    "\n".join(net.decisions) or "as traced",
+                )
+                table.add_row(*(Text(cell) for cell in cells))  # Text: shapes are not markup
+            parts.append(table)
+        else:
+            parts.append(Text("no tensor networks with weights in this model"))
+        rest = [f"{self.views} views and sums without weights" * (self.views > 0)]
+        rest.append(f"{self.opaque} other operations lowered by torch's exporter" * (self.opaque > 0))
+        if any(rest):
+            parts.append(Text("also " + ", ".join(r for r in rest if r)))
+        if self.check is None:
+            parts.append(Text("not checked (--no-check)"))
+        else:
+            runs = "; ".join(self.check.runs)
+            parts.append(Text(f"check {'passed' if self.check.passed else 'FAILED'}, against float64 at {runs}"))
+            parts += [
+                Text(f"  {o.name}: relative error {o.error:.2g}, eager PyTorch's {o.eager:.2g}, allowed {o.bound:.2g}")
+                for o in self.check.outputs
+            ]
+        total = sum(self.seconds.values())
+        spent = ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())
+        parts.append(Text(f"{total:.1f} s ({spent})" + (f"; {self.size / 1e6:.2f} MB" if self.size else "")))
+        return parts
+
+
+def _short(number: float) -> str:
+    if number == 0:
+        return "0"
+    digits = max(0, 2 - int(math.floor(math.log10(abs(number)))))
+    return f"{number:,.{min(digits, 4)}f}"
+
+
+def summarize(
+    before: Program, after: Program, passes: Sequence[PassReport], context: Context
+) -> tuple[tuple[NetworkSummary, ...], int]:
+    """The networks with weights, and how many have none. `before` is the program with layers composed but
+    cores as they were; values keep their names, so the two programs pair up."""
+    originals = {n.output.name: n for n in before.networks}
+    decisions: dict[str, list[str]] = {}
+    for report in passes:
+        if report.name in ("fold", "merge_cores", "order"):
+            for change in report.changes:
+                if not change.declined:
+                    decisions.setdefault(change.network, []).append(change.what)
+    summaries, views = [], 0
+    for network in after.networks:
+        original = originals.get(network.output.name, network)
+        if not any(c.indices for c in original.cores):
+            views += 1
+            continue
+        summaries.append(_summary(original, network, decisions.get(network.name, []), context))
+    return tuple(summaries), views
+
+
+def _summary(original: Network, final: Network, decisions: Sequence[str], context: Context) -> NetworkSummary:
+    moving = [t for t in original.terms if not t.is_constant]
+    output = {i.name for i in original.output.indices}
+    outer = output | {i.name for t in original.operands for i in t.indices}
+    bonds = {i.name: i for t in original.cores for i in t.indices if i.name not in outer}
+    costs = {}
+    dense_parameters = 0
+    for batch in context.batches:
+        ways = {"naive": [0.0] * 3, "dense": [0.0] * 3, "chosen": [0.0] * 3}
+        for term in moving:
+            dense = dense_tree(original, term, context, batch) or term.order
+            for way, tree in (("naive", term.order), ("dense", dense)):
+                _add(ways[way], cost_of(original, term, tree, context, batch))
+        for term in final.terms:
+            if not term.is_constant:
+                _add(ways["chosen"], cost_of(final, term, term.order, context, batch))
+        costs[batch] = {way: Cost(*numbers) for way, numbers in ways.items()}
+    for term in moving:
+        dense_parameters += _dense_size(original, term)
+    dense_parameters += sum(_size(c) for t in original.terms if t.is_constant for c in t.cores)
+    plan = [f"{s.form} -> {' '.join(s.order)}" for t in final.terms if t.steps for s in t.steps]
+    return NetworkSummary(
+        name=final.name,
+        value=final.output.name,
+        inputs=tuple(dict.fromkeys(f"[{' '.join(str(d) for d in t.shape)}]" for t in original.operands)),
+        output=f"[{' '.join(str(d) for d in final.output.shape)}]",
+        cores=tuple(f"{c.name}[{', '.join(i.name for i in c.indices)}]" for c in original.cores),
+        bonds=tuple(f"{name}={index.size}" for name, index in bonds.items()),
+        parameters=sum(_size(c) for c in original.cores),
+        dense_parameters=dense_parameters,
+        stored=sum(_size(c) for c in final.cores),
+        costs=costs,
+        plan=tuple(plan),
+        decisions=tuple(_brief(d) for d in decisions),
+        source=str(final.source),
+    )
+
+
+def _add(total: list[float], schedule: Any) -> None:
+    for k, number in enumerate((schedule.flops, schedule.bytes, schedule.seconds)):
+        total[k] += number
+
+
+def _size(core: Any) -> int:
+    return int(core.data.size)
+
+
+def _dense_size(network: Network, term: Any) -> int:
+    """Elements of the layer's weight if it were dense: over all modes that cores share with the outside."""
+    outside = {i.name for i in network.output.indices} | {i.name for t in term.operands for i in t.indices}
+    names = {i.name: i.size for c in term.cores for i in c.indices if i.name in outside}
+    return int(dims.product(names.values())) if names else sum(_size(c) for c in term.cores)
+
+
+def _brief(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
