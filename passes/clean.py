@@ -44,12 +44,12 @@ class Clean(Pass):
                 source = identity_of(node)
                 if source is not None and node.output.name not in shown:
                     same[node.output.name] = source
-                    changes.append(Change(node.name, f"{node.output.name} is {source} itself", "identity"))
+                    changes.append(Change(node.value.name, f"{node.output.name} is {source} itself", "identity"))
                     continue
             key = _key(node)
             if key in seen and node.value.name not in shown:
                 same[node.value.name] = seen[key]
-                changes.append(Change(node.name, f"{node.value.name} is computed already as {seen[key]}", "duplicate"))
+                changes.append(Change(node.value.name, f"{node.value.name} is computed already as {seen[key]}", "duplicate"))
                 continue
             seen.setdefault(key, node.value.name)
             nodes.append(node)
@@ -89,7 +89,7 @@ def _simplify(network: Network, changes: list[Change]) -> Network:
     ones: dict[str, tuple[Index, ...]] = {name: () for name, i in network.indices.items() if i.size == 1}
     if ones:
         network = substitute(network, ones)
-        changes.append(Change(network.name, f"dropped {', '.join(ones)}", "indices of size 1"))
+        changes.append(Change(network.output.name, f"dropped {', '.join(ones)}", "indices of size 1"))
     terms = tuple(_drop_neutral(network, term, changes) for term in network.terms)
     return network if terms == network.terms else replace(network, terms=terms)
 
@@ -103,7 +103,7 @@ def _drop_neutral(network: Network, term: Term, changes: list[Change]) -> Term:
         others = {i.name for p, t in enumerate(term.tensors) if p != position for i in t.indices}
         if all(i.name in others for i in core.indices):
             term = drop_tensors(term, {position})
-            changes.append(Change(network.name, f"dropped {core.name}", "it is 1 everywhere"))
+            changes.append(Change(network.output.name, f"dropped {core.name}", "it is 1 everywhere"))
     return term
 
 
@@ -139,6 +139,6 @@ def _drop_dead(program: Program, changes: list[Change]) -> Program:
             live.update(node.inputs)
             kept.append(node)
         elif isinstance(node, Network):
-            changes.append(Change(node.name, f"dropped {node.value.name}", "nothing reads it"))
+            changes.append(Change(node.value.name, f"dropped {node.value.name}", "nothing reads it"))
     weights = {name: array for name, array in program.weights.items() if name in live}
     return replace(program, nodes=tuple(reversed(kept)), weights=weights)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Fold(Pass):
                 if not node.operands and node.output.name not in shown:
                     weights[node.output.name] = evaluate(node).astype(node.dtype)
                     what = f"computed {node.output.name} from {len(node.cores)} cores at compile time"
-                    changes.append(Change(node.name, what, "it depends on weights alone"))
+                    changes.append(Change(node.output.name, what, "it depends on weights alone"))
                     continue
             nodes.append(node)
         used = {n for node in nodes if isinstance(node, Opaque) for n in node.inputs}
@@ -67,17 +67,23 @@ class Fold(Pass):
         """One walk in order of execution; a reader takes in what it reads, which has taken in its own before."""
         nodes: dict[str, Node] = {}
         uses = dict(program.uses)
+        notes: dict[str, _Notes] = {}
         shown = {name for _, name in program.outputs}
         for node in program.nodes:
             if isinstance(node, Network):
-                node = self._absorb(node, nodes, uses, shown, changes)
+                notes[node.output.name] = _Notes()
+                node = self._absorb(node, nodes, uses, shown, notes)
             nodes[node.value.name] = node
+        for node in nodes.values():
+            if isinstance(node, Network):
+                changes.extend(notes[node.output.name].changes(node.output.name))
         return replace(program, nodes=tuple(nodes.values()))
 
     def _absorb(
-        self, reader: Network, nodes: dict[str, Node], uses: dict[str, int], shown: set[str], changes: list[Change]
+        self, reader: Network, nodes: dict[str, Node], uses: dict[str, int], shown: set[str], notes: dict[str, _Notes]
     ) -> Network:
         declined: set[str] = set()
+        note = notes[reader.output.name]
         while True:
             source = next((n for n in reader.inputs if n not in declined and isinstance(nodes.get(n), Network)), None)
             if source is None:
@@ -93,17 +99,18 @@ class Fold(Pass):
             except CannotEdit as reason:
                 declined.add(source)
                 if producer.cores and producer.operands:
-                    what = f"{source} is not put into {reader.output.name}"
-                    changes.append(Change(reader.name, what, str(reason), declined=True))
+                    note.declined.append((f"{source} ({producer.label}) stays a network of its own", str(reason)))
                 continue
             reads = sum(t.name == source for t in reader.operands)
             uses[source] -= reads
-            if uses[source] <= 0:
+            gone = uses[source] <= 0 and source not in shown
+            if gone:
                 del nodes[source]
             for tensor in producer.operands:
-                uses[tensor.name] = uses.get(tensor.name, 0) + reads - (uses[source] <= 0)
-            if producer.cores and reader.cores:
-                changes.append(Change(_joined(producer, reader), f"{source} put into {reader.output.name}", _why(producer)))
+                uses[tensor.name] = uses.get(tensor.name, 0) + reads - gone
+            note.take(notes[source])
+            if all((_weighs(producer), _weighs(reader), producer.operands, producer.name != reader.name)):
+                note.composed.append(f"{producer.label} and {reader.label} composed")
             layer, source_ref = _layer(producer, reader)
             reader = replace(merged, name=layer, source=source_ref)
 
@@ -130,6 +137,28 @@ class Fold(Pass):
                 raise CannotEdit("it has a bias and meets another operand: the bias would become run-time work")
 
 
+@dataclass
+class _Notes:
+    """What went into one network: for the report, if the network survives."""
+
+    operations: int = 1
+    composed: list[str] = field(default_factory=list)
+    declined: list[tuple[str, str]] = field(default_factory=list)
+
+    def take(self, other: _Notes) -> None:
+        self.operations += other.operations
+        self.composed = [*other.composed, *self.composed]
+        self.declined += other.declined
+
+    def changes(self, network: str) -> Iterator[Change]:
+        if self.operations > 1:
+            yield Change(network, f"{self.operations} operations are one network", "nothing nonlinear between them")
+        for what in self.composed:
+            yield Change(network, what, "nothing nonlinear between them")
+        for what, why in dict.fromkeys(self.declined):
+            yield Change(network, what, why, declined=True)
+
+
 def is_view(network: Network) -> bool:
     """Whether a network only rearranges one operand, so that repeating it costs nothing."""
     if len(network.terms) != 1 or len(network.terms[0].tensors) != 1 or network.terms[0].tensors[0].is_core:
@@ -140,29 +169,17 @@ def is_view(network: Network) -> bool:
 
 def _layer(producer: Network, reader: Network) -> tuple[str, SourceRef]:
     """The layer that a composed network stands for: the one with the cores, both where both have some."""
-    if not _weighs(producer):
-        return reader.name, reader.source
-    if not _weighs(reader) or producer.name == reader.name:
+    if not producer.name or not _weighs(producer):
+        return (reader.name, reader.source) if reader.name else (producer.name, producer.source)
+    if not reader.name or not _weighs(reader):
         return producer.name, producer.source
-    return _joined(producer, reader), producer.source
+    names = list(dict.fromkeys([*producer.name.split("+"), *reader.name.split("+")]))
+    inner = [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
+    return "+".join(inner), producer.source
 
 
 def _weighs(network: Network) -> bool:
     return any(len(t.indices) > 1 for t in network.cores)
-
-
-def _joined(producer: Network, reader: Network) -> str:
-    if producer.name == reader.name or not _weighs(producer):
-        return reader.name
-    names = list(dict.fromkeys([*producer.name.split("+"), *reader.name.split("+")]))
-    parents = [n for n in names if not any(other.startswith(f"{n}.") for other in names)]
-    return "+".join(parents)
-
-
-def _why(producer: Network) -> str:
-    if not producer.operands:
-        return "it depends on weights alone"
-    return "nothing nonlinear between them"
 
 
 # ---------------------------------------------------------------------------------- terms
@@ -174,7 +191,8 @@ def _combine_terms(network: Network, changes: list[Change]) -> Network:
     moving = _merge_like_terms(network, moving, changes)
     if moving and len(constants) + sum(len(t.tensors) > 1 for t in constants) > 1:
         constants = [_bias(network, constants)]
-        changes.append(Change(network.name, f"{constants[0].tensors[0].name} is one bias", "a sum of cores"))
+        what = f"{sum(t.is_constant for t in network.terms)} biases and scales are one bias"
+        changes.append(Change(network.output.name, what, "a sum of cores"))
     if moving:
         constants = [t for t in constants if np.any(t.tensors[0].data)]
     terms = (*moving, *constants)
@@ -189,8 +207,8 @@ def _bias(network: Network, constants: Sequence[Term]) -> Term:
     for term in constants:
         total = total + _aligned(term, keep)
     total = np.broadcast_to(total, [int(i.size) for i in keep])
-    name = next((c.name for t in constants for c in t.cores if c.name.endswith("bias")), f"{network.output.name}.bias")
-    name = name if len(constants) == 1 else f"{name}+" if not name.endswith("+") else name
+    name = next((c.name for t in constants for c in t.cores if c.name.endswith(("bias", "bias.folded"))), f"{network.output.name}.bias")
+    name = name if len(constants) == 1 or name.endswith(".folded") else f"{name}.folded"
     core = Tensor(name, tuple((i,) for i in keep), np.ascontiguousarray(total).astype(network.dtype))
     return Term((core,))
 
@@ -214,7 +232,7 @@ def _merge_like_terms(network: Network, terms: list[Term], changes: list[Change]
             if merged is not None:
                 result[k] = merged
                 what = f"{term.cores[-1].name} added into {merged.cores[0].name}"
-                changes.append(Change(network.name, what, "same operand, same modes"))
+                changes.append(Change(network.output.name, what, "same operand, same modes"))
                 break
         else:
             result.append(term)

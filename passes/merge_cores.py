@@ -49,7 +49,7 @@ class MergeCores(Pass):
             a, b = (term.tensors[p].name for p in pair)
             term = merge_tensors(term, pair, network.output.indices, network.dtype)
             why = f"{gain} elements fewer" if gain else "no more elements than before"
-            changes.append(Change(network.name, f"{a} and {b} are one core", why))
+            changes.append(Change(network.output.name, f"{a} and {b} are one core", why))
 
     @staticmethod
     def _pairs(term: Term) -> list[tuple[int, int]]:
@@ -74,7 +74,7 @@ class MergeCores(Pass):
             both = sum(_elements(term, p) for p in pair)
             if size > both:
                 why = f"{size} elements instead of {both}; left to order"
-                changes.append(Change(network.name, f"{a.name} and {b.name} are not merged", why, declined=True))
+                changes.append(Change(network.output.name, f"{a.name} and {b.name} are not merged", why, declined=True))
 
 
 def _elements(term: Term, position: int) -> int:

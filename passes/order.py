@@ -179,10 +179,15 @@ def _label(term: Term, tree: Tree) -> str:
     def show(tree: Tree) -> str:
         positions = flatten(tree)
         if isinstance(tree, int) or all(term.tensors[p].is_core for p in positions):
-            return "*".join(term.tensors[p].name.rpartition(".")[2] for p in sorted(positions))
+            return "*".join(_short(term.tensors[p].name) for p in sorted(positions))
         return "(" + " ".join(show(b) for b in tree) + ")"
 
     return show(tree)
+
+
+def _short(name: str) -> str:
+    """``factor_0*factor_1`` for ``fc.factor_0*factor_1``."""
+    return "*".join(part.rpartition(".")[2] for part in name.split("*"))
 
 
 def _explain(
@@ -191,9 +196,11 @@ def _explain(
     merged = len(before.cores) - len(after.cores)
     dense = next((c for c in candidates if c.label == "dense"), None)
     traced = next((c for c in candidates if c.label == "as traced"), None)
-    what = f"{_label(after, after.order)}" + (f", {merged + 1} cores merged into one" if merged else "")
+    what = f"order {_label(after, after.order)}"
     if best.label == "dense" and merged:
-        what = f"folded to dense: {_label(after, after.order)}"
+        what = f"folded to dense: {len(before.cores)} cores are one"
+    elif merged:
+        what = f"{what}, {len(before.cores)} cores are {len(after.cores)}"
 
     def against(other: Candidate | None, name: str) -> str:
         if other is None or other is best:
@@ -208,4 +215,4 @@ def _explain(
 
     why = "; ".join(t for t in (against(dense, "than dense"), against(traced, "than as traced")) if t)
     tried = {c.label: [round(s * 1e6, 3) for s in c.seconds] for c in sorted(candidates, key=lambda c: sum(c.seconds))}
-    return Change(network.name, what, f"predicted {why}" if why else "", details={"microseconds": tried})
+    return Change(network.output.name, what, f"predicted {why}" if why else "", details={"microseconds": tried})

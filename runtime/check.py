@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tncompile.cost.search import einsum_path
 from tncompile.errors import CheckError, TNCompileError
 from tncompile.frontend.importer import TracedModel
 from tncompile.ir import Array, Value, dims
@@ -233,5 +234,10 @@ class _Reference(torch.fx.Interpreter):
         if "_assert_tensor_metadata" in str(target):
             return None
         args, kwargs = torch.utils._pytree.tree_map(self.cast, (args, kwargs))
+        if target is torch.ops.aten.einsum.default and not kwargs:
+            # left to right, as torch runs it without a path, some networks need hundreds of gigabytes
+            kwargs = {"path": einsum_path(args[0], [tuple(x.shape) for x in args[1]])}
+        if target is torch.ops.aten.view.default:  # another path leaves other strides
+            target = torch.ops.aten.reshape.default
         # constants made inside the graph (full, arange) take torch's default dtype
         return torch.utils._pytree.tree_map(self.cast, super().call_function(target, args, kwargs))

@@ -51,6 +51,23 @@ def optimal(inputs: Sequence[Names], output: Names, sizes: Mapping[str, int], mi
     return ssa_to_tree(path, len(inputs))
 
 
+def einsum_path(equation: str, shapes: Sequence[Sequence[int]]) -> list[int] | None:
+    """cotengra's path of an einsum as `aten.einsum` takes it: pairs, flattened. None with an ellipsis."""
+    subscripts, arrow, output = equation.replace(" ", "").partition("->")
+    inputs = [tuple(s) for s in subscripts.split(",")]
+    if "." in equation or not arrow or len(inputs) < 3:
+        return None
+    sizes: dict[str, int] = {}
+    for names, shape in zip(inputs, shapes, strict=True):
+        for name, size in zip(names, shape, strict=True):
+            sizes[name] = max(size, sizes.get(name, 1))
+    from cotengra.pathfinders import path_basic
+
+    search = path_basic.optimize_optimal if len(inputs) <= _OPTIMAL_UP_TO else path_basic.optimize_greedy
+    path = search(inputs, tuple(output), sizes)
+    return [position for pair in path for position in sorted(pair)] if all(len(p) == 2 for p in path) else None
+
+
 class TreeSearch:
     """Searches trees of one network.
 

@@ -34,7 +34,7 @@ class _Lowering:
         for tensor in network.operands:  # repeated indices have names of their own until their diagonal is taken
             sizes |= {i.name + "'" * k: i.size for i in tensor.indices for k in range(len(tensor.indices))}
         laid = [self._distinct(self._laid(t, operands[t.name])) for t in network.operands]
-        self.write = GraphWriter(network.name or network.output.name, sizes, weights, laid)
+        self.write = GraphWriter(network.label, sizes, weights, laid)
         self.values = operands
 
     def run(self) -> tuple[list[onnx.Node], onnx.Value]:
@@ -79,7 +79,27 @@ class _Lowering:
         indices = self.network.indices
         return Tensor(core.name, tuple((indices[n],) for n in names), array.astype(self.network.dtype))
 
+    def _per_channel(self, term: Term, biases: Sequence[Term]) -> Laid | None:
+        """``x[b, c, ..] s[c] + t[c]``, what a BatchNorm is that nothing could take in: one node does it."""
+        if len(term.tensors) != 2 or len(term.operands) != 1 or not biases:
+            return None
+        operand, (scale,) = self._laid(term.operands[0], self.values[term.operands[0].name]), term.cores
+        indices = scale.indices
+        if len(operand.axes) < 3 or len(indices) != 1 or operand.axes[1] != (indices[0].name,):
+            return None
+        if operand.axes != self.out_axes or any(b.indices.keys() - {indices[0].name} for b in biases):
+            return None
+        channels, dtype = (indices[0].name,), self.network.dtype
+        shift = sum((self._term_array(b, channels) for b in biases), np.zeros(int(indices[0].size))).astype(dtype)
+        parts = [(scale.name, scale.array()), (biases[0].tensors[0].name, shift)]
+        parts += [(f"zeros_{shift.size}", np.zeros_like(shift)), (f"ones_{shift.size}", np.ones_like(shift))]
+        values = [self.write.weights.add(name, array) for name, array in parts]
+        return Laid(self.write.op("BatchNormalization", [operand.value, *values], epsilon=0.0), operand.axes)
+
     def _sum(self, moving: Sequence[Term], constants: Sequence[Term]) -> Laid:
+        whole = self._per_channel(moving[0], constants) if len(moving) == 1 else None
+        if whole is not None:
+            return whole
         first = self._term(moving[0], constants)
         if len(moving) == 1 and {*first.order} == {*self.output}:
             return self.write.arrange(first, self.out_axes)
@@ -119,7 +139,7 @@ class _Lowering:
             else:
                 sides.append(self._take(self._laid(tensor, self.values[tensor.name]), layout))
         if term.steps is None:
-            raise ValueError(f"{self.network.name}: a term has no schedule")
+            raise ValueError(f"{self.network.label}: a term has no schedule")
         pending = biases
         for number, step in enumerate(term.steps):
             left, right = sides[step.left], sides[step.right]
@@ -229,10 +249,11 @@ class _Lowering:
         after = order[start + len(batch) + len(free) :]
         batch = order[start : start + len(batch)]
         left = self.write.permute(left, (*before, *batch, *summed, *after))  # in place already, as scheduled
-        if not batch and _is_channels(left, before, summed, after):
-            shape = (free, summed, *((),) * (len(left.axes) - 2))
-            weight = self._side(core, shape)
-            return Laid(self.write.op("Conv", [left.value, weight.value]), (left.axes[0], free, *left.axes[2:]))
+        space = self._space(left, before, after)
+        if not batch and space:
+            left = self.write.regroup(left, (before, summed, *space))
+            weight = self._side(core, (free, summed, *((),) * len(space)))
+            return Laid(self.write.op("Conv", [left.value, weight.value]), (before, free, *space))
         groups = (*self.write.gather(before), *self.write.gather(batch))
         tail = self._one(after)
         if len(tail) > 1:  # several run-time sizes behind: they become batch modes of a row each
@@ -240,6 +261,16 @@ class _Lowering:
         left = self.write.regroup(left, (*groups, summed, *tail))
         matrix = self._side(core, (*self.write.gather(batch), free, summed))
         return Laid(self.write.op("MatMul", [matrix.value, left.value]), (*groups, free, *tail))
+
+    def _space(self, left: Laid, before: Group, after: Group) -> Groups:
+        """The axes behind the channels, where a contraction is a 1x1 convolution from (batch, channels, space..)
+        to an output with the same space; none where it is not."""
+        for count in (1, 2, 3):
+            space = left.axes[len(left.axes) - count :]
+            if tuple(n for axis in space for n in axis) == after and all(space):
+                single = before and sum(map(self.write.symbolic, before)) <= 1
+                return space if single and self.out_axes[-count:] == space else ()
+        return ()
 
     def _matmul_last(
         self, left: Laid, core: Tensor, before: Group, batch: Group, summed: Group, free: Group, after: Group
@@ -264,13 +295,13 @@ class _Lowering:
             return name in left.order, name in right_order, name in summed
 
         if all(len({kind(n) for n in axis}) <= 1 for axis in left.axes):
-            runs = [axis for axis in left.axes if axis]
+            runs = list(left.axes)
         else:
             runs = self._runs(left.order, kind)
         runs += self._runs(full[len(left.order) :], kind)
-        wide: Groups = tuple(run if run[0] in left.order else () for run in runs)
+        wide: Groups = tuple(run if run and run[0] in left.order else () for run in runs)
         left = self.write.regroup(left, wide)
-        narrow = tuple(run if run[0] in right_order else () for run in runs)
+        narrow = tuple(run if run and run[0] in right_order else () for run in runs)
         if isinstance(right, Tensor):
             while narrow and not narrow[0]:
                 narrow = narrow[1:]  # broadcasting aligns to the right
@@ -349,12 +380,3 @@ class _Lowering:
 
 def _position(order: Group, names: Group) -> int:
     return min(order.index(n) for n in names)
-
-
-def _is_channels(left: Laid, before: Group, summed: Group, after: Group) -> bool:
-    """Whether a contraction is what it mostly was: a 1x1 convolution over axis 1 of (batch, channels, space..)."""
-    axes = left.axes
-    if not 3 <= len(axes) <= 5 or len(before) == 0:
-        return False
-    space = tuple(n for axis in axes[2:] for n in axis)
-    return axes[0] == before and axes[1] == summed and space == after and all(axes[2:])

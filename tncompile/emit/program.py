@@ -281,7 +281,7 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
         nodes, result = lower(network, operands, weights)  # type: ignore[arg-type]
         old = node.outputs[0]
         if result.producer() is None or result in operands.values():  # an initializer or an operand as it is
-            nodes.append(onnx_ir.node("Identity", [result], name=f"{network.name}/Identity"))
+            nodes.append(onnx_ir.node("Identity", [result], name=f"{network.label}/Identity"))
             result = nodes[-1].outputs[0]
         result.type, result.shape = onnx_ir.TensorType(onnx_ir.DataType[_onnx_dtype(network.dtype)]), old.shape
         _label(nodes, network, taken)

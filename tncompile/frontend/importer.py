@@ -235,7 +235,7 @@ class _Importer:
             output = Value(node.name, "tuple" if isinstance(value, (tuple, list)) else "scalar")
         kwargs = tuple((k, self._arg(v)) for k, v in node.kwargs.items())
         args = tuple(self._arg(a) for a in node.args)
-        return Opaque(layer_of(node) or node.name, name, args, kwargs, output, source_of(node))
+        return Opaque(layer_of(node), name, args, kwargs, output, source_of(node))
 
     def _arg(self, arg: Any) -> Arg:
         if isinstance(arg, torch.fx.Node):
@@ -282,7 +282,7 @@ class _Importer:
         for index in output.indices:
             if index.name not in present and not isinstance(index.size, int):
                 raise NotMultilinear("an expand to a dynamic size")
-        return Network(layer_of(node) or node.name, terms, output, dtype, source_of(node))
+        return Network(layer_of(node), terms, output, dtype, source_of(node))
 
     def _term(self, node: torch.fx.Node, product: Product, axes: Any, dtype: str) -> Term:
         tensors = [self._tensor(x, axes(labels, self._shape_of(x)), dtype) for x, labels in product.factors]
@@ -323,7 +323,7 @@ class _Importer:
         split_in, split_out = refine(flat_in, flat_out, names)
         dtype = NETWORK_DTYPES[node.meta["val"].dtype]
         network = Network(
-            layer_of(node) or node.name,
+            layer_of(node),
             (Term((self._tensor(source, inputs, dtype),)),),
             Tensor(node.name, inputs),
             dtype,

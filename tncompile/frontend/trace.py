@@ -24,37 +24,36 @@ def trace(
     dynamic where the model allows it and falls back to the example's own shapes where it does not;
     None keeps all shapes fixed.
     """
-    args = tuple(example_inputs)
-    if dynamic_shapes != "batch":
-        with whole_einsums():
-            return _export(module, args, kwargs, dynamic_shapes)
-
-    def first_mode(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] > 1:
-            return {0: torch.export.Dim.DYNAMIC}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(first_mode, value))
-        if isinstance(value, dict):
-            return {k: first_mode(v) for k, v in value.items()}
-        return None
-
-    shapes: Any = tuple(map(first_mode, args))
-    if kwargs:
-        shapes = {**dict(zip(_parameters(module), shapes, strict=False)), **first_mode(kwargs)}
+    # torch.export marks the tensors it is given as dynamic, for good: it gets copies
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: t.detach().clone(), (tuple(example_inputs), kwargs)
+    )
+    automatic = isinstance(dynamic_shapes, str)
+    if automatic:
+        dynamic_shapes = _first_modes(args)
+        if kwargs:
+            named = dict(zip(_parameters(module), dynamic_shapes, strict=False))
+            dynamic_shapes = {**named, **_first_modes(kwargs)}
     with whole_einsums():
-        try:
-            return _export(module, args, kwargs, shapes)
-        except Exception as error:
-            try:
-                exported = _export(module, args, kwargs, None)
-            except Exception:
-                raise error from None
-        warnings.warn(
-            "the batch is fixed to the example's: the model cannot be traced with a dynamic one "
-            f"({str(error).splitlines()[0]})",
-            stacklevel=3,
-        )
-        return exported
+        exported = _export(module, args, kwargs, dynamic_shapes)
+    if automatic and _has_batch(args) and not exported.range_constraints:
+        warnings.warn(f"{type(module).__name__} fixes the batch to the example's: it cannot be traced otherwise", stacklevel=3)
+    return exported
+
+
+def _first_modes(value: Any) -> Any:
+    """``{0: Dim.AUTO}`` for each tensor: dynamic where the trace allows it."""
+    if isinstance(value, torch.Tensor):
+        return {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] > 1 else None
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_first_modes, value))
+    if isinstance(value, dict):
+        return {k: _first_modes(v) for k, v in value.items()}
+    return None
+
+
+def _has_batch(args: Any) -> bool:
+    return any(t.ndim and t.shape[0] > 1 for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor))
 
 
 def _parameters(module: torch.nn.Module) -> list[str]:

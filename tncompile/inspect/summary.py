@@ -153,7 +153,7 @@ def summarize(
         if not any(c.indices for c in original.cores):
             views += 1
             continue
-        summaries.append(_summary(original, network, decisions.get(network.name, []), context))
+        summaries.append(_summary(original, network, decisions.get(network.output.name, []), context))
     return tuple(summaries), views
 
 
@@ -179,7 +179,7 @@ def _summary(original: Network, final: Network, decisions: Sequence[str], contex
     dense_parameters += sum(_size(c) for t in original.terms if t.is_constant for c in t.cores)
     plan = [f"{s.form} -> {' '.join(s.order)}" for t in final.terms if t.steps for s in t.steps]
     return NetworkSummary(
-        name=final.name,
+        name=final.label,
         value=final.output.name,
         inputs=tuple(dict.fromkeys(f"[{' '.join(str(d) for d in t.shape)}]" for t in original.operands)),
         output=f"[{' '.join(str(d) for d in final.output.shape)}]",

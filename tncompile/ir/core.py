@@ -153,7 +153,8 @@ def left_to_right(positions: Any) -> Tree:
 class Network:
     """``output[...] = sum of terms``, each an einsum; a term without some output index is broadcast over it.
 
-    `output` names the value and groups its indices into physical axes; `name` is the layer it stands for.
+    `output` names the value and groups its indices into physical axes; `name` is the layer it stands for
+    (``"fc1"``, ``"fc1+fc2"``), empty for what the model itself computes outside its layers.
     """
 
     name: str
@@ -161,6 +162,11 @@ class Network:
     output: Tensor
     dtype: str
     source: SourceRef = field(default=SourceRef(), compare=False)
+
+    @property
+    def label(self) -> str:
+        """What to call the network: its layer, or its value where it is not in a layer."""
+        return self.name or self.output.name
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -28,9 +28,7 @@ def substitute(network: Network, mapping: Mapping[str, Axis]) -> Network:
     """Replace indices everywhere in a network: a rename (one for one) or a split (one for several)."""
     if not mapping:
         return network
-    terms = tuple(
-        replace(t, tensors=tuple(substitute_tensor(x, mapping) for x in t.tensors)) for t in network.terms
-    )
+    terms = tuple(replace(t, tensors=tuple(substitute_tensor(x, mapping) for x in t.tensors)) for t in network.terms)
     return replace(network, terms=terms, output=substitute_tensor(network.output, mapping))
 
 
