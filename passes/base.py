@@ -52,7 +52,8 @@ class Change:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.network}: {'left alone, ' if self.declined else ''}{self.what}{f' ({self.why})' if self.why else ''}"
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.network}: {'left alone, ' if self.declined else ''}{self.what}{why}"
 
 
 @dataclass(frozen=True)

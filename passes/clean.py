@@ -49,7 +49,9 @@ class Clean(Pass):
             key = _key(node)
             if key in seen and node.value.name not in shown:
                 same[node.value.name] = seen[key]
-                changes.append(Change(node.value.name, f"{node.value.name} is computed already as {seen[key]}", "duplicate"))
+                changes.append(
+                    Change(node.value.name, f"{node.value.name} is computed already as {seen[key]}", "duplicate")
+                )
                 continue
             seen.setdefault(key, node.value.name)
             nodes.append(node)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Tensor, Term, dims
-from tncompile.ir.core import SourceRef
-from tncompile.ir.edit import CannotEdit, inline, merge_tensors
-from tncompile.ir.evaluate import contract, einsum, evaluate, labelled
+from tncompile.errors import SourceRef
+from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Tensor, Term
+from tncompile.ir.core import left_to_right
+from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, unique_cores
+from tncompile.ir.evaluate import contract, einsum, evaluate, labelled, merge
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.clean import rename_inputs
 
@@ -59,7 +61,7 @@ class Fold(Pass):
             nodes.append(node)
         used = {n for node in nodes if isinstance(node, Opaque) for n in node.inputs}
         weights = {k: v for k, v in weights.items() if k in used}
-        return replace(program, nodes=tuple(nodes), weights=weights), changes
+        return unique_cores(replace(program, nodes=tuple(nodes), weights=weights)), changes
 
     # ------------------------------------------------------------------------------ composition
 
@@ -207,7 +209,10 @@ def _bias(network: Network, constants: Sequence[Term]) -> Term:
     for term in constants:
         total = total + _aligned(term, keep)
     total = np.broadcast_to(total, [int(i.size) for i in keep])
-    name = next((c.name for t in constants for c in t.cores if c.name.endswith(("bias", "bias.folded"))), f"{network.output.name}.bias")
+    name = next(
+        (c.name for t in constants for c in t.cores if c.name.endswith(("bias", "bias.folded"))),
+        f"{network.output.name}.bias",
+    )
     name = name if len(constants) == 1 or name.endswith(".folded") else f"{name}.folded"
     core = Tensor(name, tuple((i,) for i in keep), np.ascontiguousarray(total).astype(network.dtype))
     return Term((core,))
@@ -231,7 +236,7 @@ def _merge_like_terms(network: Network, terms: list[Term], changes: list[Change]
             merged = _merge_like(network, other, term)
             if merged is not None:
                 result[k] = merged
-                what = f"{term.cores[-1].name} added into {merged.cores[0].name}"
+                what = f"{merged_name([c.name for c in term.cores])} added into {other.cores[0].name}"
                 changes.append(Change(network.output.name, what, "same operand, same modes"))
                 break
         else:
@@ -240,36 +245,32 @@ def _merge_like_terms(network: Network, terms: list[Term], changes: list[Change]
 
 
 def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
+    """One term for two that apply cores to the same modes of one operand; None where that would cost more."""
     if len(a.operands) != 1 or len(b.operands) != 1 or a.operands[0].name != b.operands[0].name:
         return None
-    if not a.cores or not b.cores:
-        return None
     x, y = a.operands[0], b.operands[0]
-    if [dims.product(i.size for i in axis) for axis in x.axes] != [dims.product(i.size for i in g) for g in y.axes]:
+    if [tuple(i.size for i in g) for g in x.axes] != [tuple(i.size for i in g) for g in y.axes]:
         return None
-    if [len(g) for g in x.axes] != [len(g) for g in y.axes] or [i.size for i in x.indices] != [i.size for i in y.indices]:
+    if any(len({*t.indices}) < len(t.indices) for t in (x, y)):
         return None
-    if len({*x.indices}) < len(x.indices) or len({*y.indices}) < len(y.indices):
-        return None
-    single = [_one_core(network, t) for t in (a, b)]
-    (term_a, core_a), (term_b, core_b) = single
-    if core_a is None or core_b is None or max(core_a.data.size, core_b.data.size) > max(  # type: ignore[union-attr]
-        max(c.data.size for c in t.cores if c.data is not None) for t in (a, b)
-    ):
+    products = [_core_indices(network, t) for t in (a, b)]
+    largest = max((c.data.size for t in (a, b) for c in t.cores if c.data is not None), default=0)
+    if not (a.cores and b.cores) or any(math.prod(int(i.size) for i in p) > largest for p in products):
         return None
     renamed = {theirs.name: ours.name for theirs, ours in zip(y.indices, x.indices, strict=True)}
-    names_a = [i.name for i in core_a.indices]
-    names_b = [renamed.get(i.name, i.name) for i in core_b.indices]
-    if {*names_a} != {*names_b}:
+    if {i.name for i in products[0]} != {renamed.get(i.name, i.name) for i in products[1]}:
         return None
-    array = einsum([(core_b.array().astype(np.float64), tuple(names_b))], names_a) + core_a.array()
-    core = Tensor(f"{core_a.name}+{core_b.name.rpartition('.')[2]}", tuple((i,) for i in core_a.indices), array.astype(network.dtype))
+    first, second = (
+        merge(term.cores, left_to_right(range(len(term.cores))), keep)
+        for term, keep in zip((a, b), products, strict=True)
+    )
+    names = [i.name for i in products[0]]
+    second = einsum([(second, tuple(renamed.get(i.name, i.name) for i in products[1]))], names)
+    name = f"{merged_name([c.name for c in a.cores])}+{merged_name([c.name for c in b.cores])}"
+    core = Tensor(name, tuple((i,) for i in products[0]), (first + second).astype(network.dtype))
     return Term((x, core))
 
 
-def _one_core(network: Network, term: Term) -> tuple[Term, Tensor | None]:
-    positions = {p for p, t in enumerate(term.tensors) if t.is_core}
-    if len(positions) > 1:
-        term = merge_tensors(term, positions, network.output.indices, network.dtype)
-    cores = term.cores
-    return term, cores[0] if len(cores) == 1 else None
+def _core_indices(network: Network, term: Term) -> tuple[Index, ...]:
+    """The indices that the product of a term's cores has."""
+    return merged_axes(term, [p for p, t in enumerate(term.tensors) if t.is_core], network.output.indices)

@@ -41,7 +41,9 @@ class MergeCores(Pass):
 
     def _merge(self, network: Network, term: Term, changes: list[Change]) -> Term:
         while True:
-            found = [(gain, pair) for pair in self._pairs(term) if (gain := self._gain(network, term, pair)) is not None]
+            found = [
+                (gain, pair) for pair in self._pairs(term) if (gain := self._gain(network, term, pair)) is not None
+            ]
             if not found:
                 self._explain(network, term, changes)
                 return term

@@ -59,7 +59,12 @@ class Order(Pass):
         return unique_cores(replace(program, nodes=tuple(nodes))), changes
 
     def _term(
-        self, network: Network, term: Term, context: Context, known: dict[object, list[Candidate]], changes: list[Change]
+        self,
+        network: Network,
+        term: Term,
+        context: Context,
+        known: dict[object, list[Candidate]],
+        changes: list[Change],
     ) -> Term:
         if term.is_constant:
             return term
@@ -166,9 +171,7 @@ def cost_of(network: Network, term: Term, tree: Tree, context: Context, batch: i
 def _key(network: Network, term: Term) -> object:
     """What decides a search: the shapes and roles of the tensors, not their names or numbers."""
     number = {name: k for k, name in enumerate(term.indices)}
-    tensors = tuple(
-        (t.is_core, tuple((number[i.name], i.size) for i in t.indices)) for t in term.tensors
-    )
+    tensors = tuple((t.is_core, tuple((number[i.name], i.size) for i in t.indices)) for t in term.tensors)
     output = tuple((number.get(i.name), i.size) for i in network.output.indices)
     return tensors, output, term.order, network.dtype
 

@@ -150,7 +150,10 @@ def _size_sets(traced: TracedModel, batches: Sequence[int]) -> list[dict[str, in
 def _ranges(traced: TracedModel) -> dict[str, tuple[int, int]]:
     found = {}
     for symbol, bounds in traced.exported.range_constraints.items():
-        low, high = (int(b) if getattr(b, "is_finite", True) and abs(b) < 1 << 30 else 1 << 30 for b in (bounds.lower, bounds.upper))
+        low, high = (
+            int(b) if getattr(b, "is_finite", True) and abs(b) < 1 << 30 else 1 << 30
+            for b in (bounds.lower, bounds.upper)
+        )
         found[traced.symbols.get(str(symbol), str(symbol))] = (low, high)
     return found
 
@@ -159,7 +162,9 @@ def random_inputs(traced: TracedModel, sizes: Mapping[str, int], generator: np.r
     """Normal numbers for floating inputs; for others, values drawn from those of the example input."""
     examples = example_inputs(traced)
     return {
-        value.name: _random(value, [dims.evaluate(d, sizes) for d in value.shape or ()], examples.get(value.name), generator)
+        value.name: _random(
+            value, [dims.evaluate(d, sizes) for d in value.shape or ()], examples.get(value.name), generator
+        )
         for value in traced.program.inputs
     }
 

@@ -154,12 +154,13 @@ def _compile(options: argparse.Namespace) -> int:
     with _Progress(options.quiet) as progress:
         progress(f"loading {model}")
         from tncompile import compiler
+        from tncompile.passes import DEFAULT
 
         compiled = compiler.compile_file(
             model,
             batch=options.batch,
             sizes=dict(options.dim),
-            passes=passes or compiler.DEFAULT,
+            passes=passes or DEFAULT,
             check=not options.no_check,
             examples=[_load_example(path) for path in options.example],
             progress=progress,
@@ -199,12 +200,11 @@ def _verify(options: argparse.Namespace) -> int:
     from tncompile import compiler
     from tncompile.frontend.importer import import_exported
     from tncompile.frontend.load import load_exported
+    from tncompile.runtime.session import Session
 
     traced = import_exported(load_exported(options.model))
-    session = compiler.Session(options.output)
-    result = compiler.check_session(
-        session, traced, options.batch, [_load_example(path) for path in options.example]
-    )
+    session = Session(options.output)
+    result = compiler.check_session(session, traced, options.batch, [_load_example(path) for path in options.example])
     print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
     for check in result.outputs:
         print(
@@ -228,8 +228,9 @@ def _program(options: argparse.Namespace) -> Program:
     from tncompile import compiler
     from tncompile.frontend.importer import import_exported
     from tncompile.frontend.load import load_exported
+    from tncompile.passes import DEFAULT, Context
 
-    passes = _passes(options) or compiler.DEFAULT
+    passes = _passes(options) or DEFAULT
     names = [p.name() for p in passes]
     if options.after is not None and options.after not in names:
         raise TNCompileError(f"--after {options.after}: no such pass is run; the passes are {', '.join(names)}")
@@ -237,7 +238,7 @@ def _program(options: argparse.Namespace) -> Program:
     if options.after is None:
         return traced.program
     last = len(names) - names[::-1].index(options.after)
-    context = compiler.Context(options.batch, {**traced.sizes, **dict(options.dim)})
+    context = Context(options.batch, {**traced.sizes, **dict(options.dim)})
     stages, _ = compiler.run_passes(traced, context, passes[:last])
     return stages[options.after]
 

@@ -72,7 +72,7 @@ def _array(value: Any) -> Array:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def compile(  # noqa: A001 - the name users look for, as in torch.compile
+def compile(
     module: torch.nn.Module,
     example_inputs: Sequence[Any],
     *,
@@ -202,7 +202,8 @@ def to_bytes(program: Program, traced: TracedModel) -> bytes:
         raise UnsupportedError(f"the compiled model would be {size / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
     proto = onnx_ir.to_proto(to_onnx(program, traced))
     onnx.checker.check_model(proto, full_check=True)
-    return proto.SerializeToString(deterministic=True)
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:

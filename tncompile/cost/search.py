@@ -76,7 +76,12 @@ class TreeSearch:
     """
 
     def __init__(
-        self, inputs: Sequence[Names], core: Sequence[bool], output: Names, sizes: Mapping[str, int], profile: DeviceProfile
+        self,
+        inputs: Sequence[Names],
+        core: Sequence[bool],
+        output: Names,
+        sizes: Mapping[str, int],
+        profile: DeviceProfile,
     ) -> None:
         self.inputs = list(inputs)
         self.core = list(core)
@@ -86,7 +91,7 @@ class TreeSearch:
 
     def kept(self, positions: Collection[int]) -> Names:
         """Indices of the contraction of some tensors, in order of first use."""
-        inside = {p: None for p in positions}
+        inside = dict.fromkeys(positions)
         needed = {*self.output} | {i for p, names in enumerate(self.inputs) if p not in inside for i in names}
         return tuple(i for i in dict.fromkeys(i for p in positions for i in self.inputs[p]) if i in needed)
 

@@ -15,9 +15,7 @@ from tncompile.ir.evaluate import contract, einsum, labelled
 Side = Laid | Tensor  # a run-time array, or a core whose order is still free
 
 
-def lower(
-    network: Network, operands: Mapping[str, onnx.Value], weights: Weights
-) -> tuple[list[onnx.Node], onnx.Value]:
+def lower(network: Network, operands: Mapping[str, onnx.Value], weights: Weights) -> tuple[list[onnx.Node], onnx.Value]:
     """The nodes that compute a network from the values of its operands, and the value they end in.
 
     The terms must be scheduled (see the pass `order`).
@@ -40,10 +38,7 @@ class _Lowering:
     def run(self) -> tuple[list[onnx.Node], onnx.Value]:
         moving = [t for t in self.network.terms if not t.is_constant]
         constants = [t for t in self.network.terms if t.is_constant]
-        if not moving:
-            result = self._constant(constants)
-        else:
-            result = self._sum(moving, constants)
+        result = self._sum(moving, constants) if moving else self._constant(constants)
         return self.write.nodes, result.value
 
     @staticmethod
@@ -151,9 +146,9 @@ class _Lowering:
                 if fused is not None:
                     result, pending = fused, ()
             sides.append(result)
-        result = sides[-1] if term.steps else sides[0]
-        assert isinstance(result, Laid)
-        return self._add_bias(result, pending) if pending else result
+        final = sides[-1]  # of a term without steps, its only tensor
+        assert isinstance(final, Laid)
+        return self._add_bias(final, pending) if pending else final
 
     def _take(self, laid: Laid, layout: Group) -> Laid:
         """An operand with its repeated indices reduced to their diagonal and its free indices summed."""
@@ -238,8 +233,6 @@ class _Lowering:
         if (*lead, summed) != left.axes and len(lead) > 1:
             lead = self.write.gather(rows)  # a Reshape is due in any case: as few axes as possible
         left = self.write.regroup(left, (*lead, summed))
-        if isinstance(right, Laid):  # two-dimensional on the right, whatever is on the left
-            right = self.write.arrange(right, (summed, free))
         matrix = self._side(right, (summed, free))
         return Laid(self.write.op("MatMul", [left.value, matrix.value]), (*lead, free))
 
@@ -361,7 +354,7 @@ class _Lowering:
             result = self.write.arrange(result, tuple((n,) if n in result.order else () for n in self.output))
             array = sum((self._term_array(b, self.output) for b in biases), np.zeros(()))
             sizes = zip(self.output, array.shape, strict=True)
-            axes = tuple((n,) if n in result.order or size != 1 else () for n, size in sizes)
+            axes: Groups = tuple((n,) if n in result.order or size != 1 else () for n, size in sizes)
         else:
             array = sum((self._term_array(b, result.order) for b in biases), np.zeros(()))
             varying = {n for n, size in zip(result.order, array.shape, strict=True) if size != 1}

@@ -40,7 +40,7 @@ from tncompile.ir import text as ir_text
 
 OPSET = 20
 DOMAIN = "tncompile"
-_shapes: dict[str, Callable[[], torch.Tensor]] = {}
+_values: dict[str, torch.Tensor] = {}  # what each network's value looks like, while a program is exported
 
 
 def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
@@ -97,7 +97,7 @@ def _export(program: Program, traced: TracedModel) -> onnx_ir.Model:
     except Exception as error:
         raise _explain(error, program) from error
     finally:
-        _shapes.clear()
+        _values.clear()
     assert converted is not None
     return converted.model
 
@@ -127,8 +127,7 @@ def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedP
         inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
     for item in program.nodes:
         if isinstance(item, Network):
-            value_meta = meta[item.output.name]["val"]
-            _shapes[item.output.name] = lambda value=value_meta: value
+            _values[item.output.name] = meta[item.output.name]["val"]
             args: Any = ([env[name] for name in item.inputs], item.output.name)
             node = graph.create_node("call_function", _network_op(), args, {}, item.output.name)
         else:
@@ -169,12 +168,12 @@ def _meta_of_weight(item: Opaque | Network, env: dict[str, torch.fx.Node]) -> di
 
 @cache
 def _network_op() -> Any:
-    library = torch.library.Library(DOMAIN, "FRAGMENT")
-    library.define("network(Tensor[] operands, str name) -> Tensor")
+    library = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define("network(Tensor[] operands, str name) -> Tensor")  # type: ignore[no-untyped-call]
     _keep.append(library)
 
     def fake(operands: list[torch.Tensor], name: str) -> torch.Tensor:
-        value = _shapes[name]()
+        value = _values[name]
         return operands[0].new_empty(value.shape, dtype=value.dtype)
 
     torch.library.register_fake(f"{DOMAIN}::network", fake, lib=library)
@@ -270,7 +269,9 @@ def _explain(error: Exception, program: Program) -> UnsupportedError:
 def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
     graph = model.graph
     networks = {n.output.name: n for n in program.networks}
-    shared = {id(array): graph.initializers[name] for name, array in program.weights.items() if name in graph.initializers}
+    shared = {
+        id(array): graph.initializers[name] for name, array in program.weights.items() if name in graph.initializers
+    }
     weights = Weights(shared, {*graph.initializers})
     taken: set[str] = set()
     for node in list(graph):
@@ -365,7 +366,7 @@ def _finish(model: onnx_ir.Model, program: Program) -> onnx_ir.Model:
         value.metadata_props.clear()
     onnx_passes.DeduplicateInitializersPass()(model)
     onnx_passes.RemoveUnusedNodesPass()(model)
-    onnx_passes.RemoveUnusedFunctionsPass()(model)
+    onnx_passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     onnx_passes.RemoveUnusedOpsetsPass()(model)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         value.doc_string = None

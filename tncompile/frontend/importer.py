@@ -54,9 +54,7 @@ class TracedModel:
 
 def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
     """Import an exported program. UnsupportedError where the model cannot be compiled."""
-    if exported.graph_signature.buffers_to_mutate or getattr(
-        exported.graph_signature, "user_inputs_to_mutate", None
-    ):
+    if exported.graph_signature.buffers_to_mutate or getattr(exported.graph_signature, "user_inputs_to_mutate", None):
         names = [*exported.graph_signature.buffers_to_mutate.values()]
         raise UnsupportedError(
             f"the model writes to {', '.join(names) or 'an input'} when it runs; "
@@ -182,7 +180,11 @@ class _Importer:
     # -------------------------------------------------------------------------------- nodes
 
     def _call(self, node: torch.fx.Node) -> None:
-        if operator_name(node) in ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range_for_size"):
+        if operator_name(node) in (
+            "aten._assert_tensor_metadata",
+            "aten._assert_scalar",
+            "aten.sym_constrain_range_for_size",
+        ):
             return
         constant = self._is_constant_call(node)
         value = node.meta.get("val")
@@ -204,7 +206,9 @@ class _Importer:
 
     def _is_constant_call(self, node: torch.fx.Node) -> bool:
         schema = getattr(node.target, "_schema", None)
-        random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        random = (
+            isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+        )
         if random or (schema is not None and schema.is_mutable):
             return False
         return all(self._is_constant(n) for n in node.all_input_nodes)
@@ -394,7 +398,8 @@ def layer_of(node: torch.fx.Node) -> str:
     """Path of the module that a node was traced in, ``""`` for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
-    return re.sub(r"@\d+$", "", str(path).removeprefix("L['self']."))
+    path = re.sub(r"@\d+$", "", str(path).removeprefix("L['self']."))
+    return "" if path.startswith("_empty_nn_module_stack") else path
 
 
 def source_of(node: torch.fx.Node) -> SourceRef:

@@ -22,7 +22,8 @@ HOW_TO = "save it with torch.export.save(torch.export.export(model.eval(), examp
 
 # what the functions in a size expression may be called; anything else in its place could be code
 _SIZE_FUNCTIONS = {"Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv", "Pow"}
-_SIZE_FUNCTIONS |= {"Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Eq", "Ne", "Ge", "Gt", "Le", "Lt", "And", "Or", "Not"}
+_SIZE_FUNCTIONS |= {"Symbol", "Integer", "Rational", "Float", "Add", "Mul"}
+_SIZE_FUNCTIONS |= {"Eq", "Ne", "Ge", "Gt", "Le", "Lt", "And", "Or", "Not"}
 _SIZE_FUNCTIONS |= {"ModularIndexing", "Where", "PowByNatural", "CeilToInt", "FloorToInt", "TruncToInt", "ToFloat"}
 
 

@@ -36,7 +36,7 @@ class Equation:
     """``output labels = sum of terms``."""
 
     terms: list[Product]
-    output: list[Label]
+    output: Sequence[Label]
 
 
 @dataclass
@@ -219,18 +219,14 @@ def _tensordot(c: Context, a: Any, b: Any, dims_a: Sequence[int], dims_b: Sequen
 def _einsum(c: Context, equation: str, operands: Sequence[Any], *, path: Any = None) -> Equation:
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     subscripts = inputs.split(",")
-    widths = [
-        _rank(x) - len(s.replace("...", "")) for s, x in zip(subscripts, operands, strict=True) if "..." in s
-    ]
+    widths = [_rank(x) - len(s.replace("...", "")) for s, x in zip(subscripts, operands, strict=True) if "..." in s]
     ellipsis = [f"...{k}" for k in range(max(widths, default=0))]
 
     def labels(subscript: str, width: int) -> list[Label]:
         before, dots, after = subscript.partition("...")
         return [*before, *(ellipsis[len(ellipsis) - width :] if dots else []), *after]
 
-    factors = [
-        (x, labels(s, _rank(x) - len(s.replace("...", "")))) for s, x in zip(subscripts, operands, strict=True)
-    ]
+    factors = [(x, labels(s, _rank(x) - len(s.replace("...", "")))) for s, x in zip(subscripts, operands, strict=True)]
     if arrow:
         result = labels(output, len(ellipsis))
     else:

@@ -37,7 +37,9 @@ def trace(
     with whole_einsums():
         exported = _export(module, args, kwargs, dynamic_shapes)
     if automatic and _has_batch(args) and not exported.range_constraints:
-        warnings.warn(f"{type(module).__name__} fixes the batch to the example's: it cannot be traced otherwise", stacklevel=3)
+        warnings.warn(
+            f"{type(module).__name__} fixes the batch to the example's: it cannot be traced otherwise", stacklevel=3
+        )
     return exported
 
 

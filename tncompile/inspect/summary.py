@@ -131,7 +131,7 @@ class Report:
 def _short(number: float) -> str:
     if number == 0:
         return "0"
-    digits = max(0, 2 - int(math.floor(math.log10(abs(number)))))
+    digits = max(0, 2 - math.floor(math.log10(abs(number))))
     return f"{number:,.{min(digits, 4)}f}"
 
 

@@ -262,7 +262,7 @@ def unique_cores(program: Program) -> Program:
                 tensors = []
                 for t in term.tensors:
                     if t.data is not None and owner.setdefault(t.name, t.data) is not t.data:
-                        name = by_id.get(id(t.data)) or fresh(f"{t.name}_1", owner)
+                        name = by_id.get(id(t.data)) or fresh(f"{t.name}.2", owner)
                         owner[name] = t.data
                         t = replace(t, name=name)
                     if t.data is not None:

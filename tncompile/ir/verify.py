@@ -32,6 +32,8 @@ def verify(program: Program, stage: Stage = "traced") -> None:
         if isinstance(node, Network):
             _verify_network(node, defined, arrays, stage)
         _define(node.value, defined, node)
+    if len({public for public, _ in program.outputs}) < len(program.outputs):
+        raise VerificationError("two outputs have the same name")
     for public, name in program.outputs:
         if name not in defined:
             raise VerificationError(f"output {public!r} shows {name!r}, which nothing defines")
@@ -96,7 +98,7 @@ def _verify_steps(network: Network, term: Term) -> None:
         raise _error(network, "a term has no schedule")
     live = set(range(len(term.tensors)))
     for number, step in enumerate(term.steps, start=len(term.tensors)):
-        for side in {step.left, step.right}:
+        for side in (step.left, step.right):
             if side not in live:
                 raise _error(network, f"step {number} reads {side}, which is not there (any more)")
             live.remove(side)
