@@ -348,5 +348,6 @@ def programs(draw: DrawFn, scheduled: bool = False, max_nodes: int = 4) -> Progr
             nodes.append(draw_opaque(draw, [*(v.name for v in values), *weights], name))
         values.append(nodes[-1].value)
     shown = draw(st.lists(st.sampled_from(values), max_size=3)) if values else []
-    outputs = tuple((fresh_name(draw, set()), v.name) for v in shown)
+    public: set[str] = set()
+    outputs = tuple((fresh_name(draw, public), v.name) for v in shown)
     return Program(inputs, tuple(nodes), outputs, weights)

@@ -403,8 +403,11 @@ def layer_of(node: torch.fx.Node) -> str:
 
 
 def source_of(node: torch.fx.Node) -> SourceRef:
-    """The user's line of Python: the innermost one that is not inside torch."""
+    """The user's line of Python: the innermost one outside installed packages, or at least outside torch."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n(?:\s+([^\n]*))?', node.meta.get("stack_trace") or "")
-    outside = [f for f in frames if "/torch/" not in f[0].replace("\\", "/")] or frames
-    file, line, code = outside[-1] if outside else ("", 0, "")
+    for package in ("/site-packages/", "/torch/"):
+        outside = [f for f in frames if package not in f[0].replace("\\", "/")]
+        if outside:
+            break
+    file, line, code = (outside or frames or [("", 0, "")])[-1]
     return SourceRef(layer_of(node), file, int(line), code)

@@ -134,7 +134,7 @@ def _term(prefix: str, term: Term, output: Axis, stem: str) -> Iterator[str]:
         here = f"{prefix}_t{position}"
         about = f"{tensor.name} [{_axes(tensor)}] {_shape(tensor.shape)}"
         if tensor.is_core:
-            yield _node(here, re.split(r"\*|(?<=\w)\.(?=\w)", tensor.name.removeprefix(stem)), CORE, about)
+            yield _node(here, _core_lines(tensor.name.removeprefix(stem)), CORE, about)
         else:
             yield _node(here, [tensor.name, f"[{_axes(tensor)}]"], OPERAND, about)
     for number, bond in enumerate(bonds(term, output)):
@@ -144,6 +144,14 @@ def _term(prefix: str, term: Term, output: Axis, stem: str) -> Iterator[str]:
         row = [f"{prefix}_t{p}" for p, d in level.items() if d == depth]
         if len(row) > 1:
             yield f"{{ rank=same; {'; '.join(row)}; }}"
+
+
+def _core_lines(name: str) -> list[str]:
+    """The lines in a core's circle; of a core merged from many, only how many (the tooltip has the names)."""
+    merged = name.split("*")
+    if len(merged) > 3:
+        return [f"{len(merged)} cores", "merged"]
+    return re.split(r"\*|(?<=\w)\.(?=\w)", name)
 
 
 def _edges(prefix: str, result: str, term: Term, output: Axis) -> Iterator[str]:
