@@ -94,8 +94,9 @@ class Order(Pass):
             trees[dense] = "dense"
         if len(term.tensors) > 2:
             for search in {id(s): s for s in (searches[0], searches[-1])}.values():  # the extremes
-                trees |= {tree: "" for tree in search.merges() if tree not in trees}
-                if len(term.tensors) > 3:
+                merges, complete = search.merges()
+                trees |= {tree: "" for tree in merges if tree not in trees}
+                if not complete:
                     trees.setdefault(search.hyper(self.max_trials, self.max_seconds / 2), "")
         kept = {tree for tree, label in trees.items() if label}
         for search in searches:

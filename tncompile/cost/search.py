@@ -18,7 +18,6 @@ from tncompile.ir.core import Tree, left_to_right
 Names = tuple[str, ...]
 MAX_CORE_ELEMENTS = 1 << 27
 _OPTIMAL_UP_TO = 9
-_PARTITIONS_UP_TO = 6
 
 
 def ssa_to_tree(path: Sequence[Sequence[int]], count: int) -> Tree:
@@ -104,17 +103,39 @@ class TreeSearch:
         groups = self._components([p for p, core in enumerate(self.core) if core])
         return self._with_groups(groups, "flops")
 
-    def merges(self) -> Iterator[Tree]:
-        """Every way to merge connected cores at compile time, each with cotengra's best order of the rest."""
+    def merges(self, limit: int = 256) -> tuple[list[Tree], bool]:
+        """Ways to merge connected cores at compile time, each with cotengra's best order of the rest.
+
+        All of them where there are at most `limit` and the network is small enough for an optimal order; the
+        second value says whether that is so.
+        """
         cores = [p for p, core in enumerate(self.core) if core]
-        if len(cores) > _PARTITIONS_UP_TO or len(self.inputs) > _OPTIMAL_UP_TO:
+        partitions = list(itertools.islice(self._partitions(cores), limit + 1))
+        trees = [self._with_groups(groups, "combo-32") for groups in partitions[:limit]]
+        complete = len(partitions) <= limit and len(self.inputs) <= _OPTIMAL_UP_TO
+        return [tree for tree in trees if tree is not None], complete
+
+    def _partitions(self, cores: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
+        """All partitions of some cores into connected groups."""
+        if not cores:
+            yield []
             return
-        for groups in _partitions(cores):
-            if any(len(self._components(g)) > 1 for g in groups):
-                continue
-            tree = self._with_groups(groups, "combo-32")
-            if tree is not None:
-                yield tree
+        for group in self._connected(cores[0], cores[1:]):
+            for others in self._partitions([p for p in cores if p not in group]):
+                yield [tuple(sorted(group)), *others]
+
+    def _connected(self, first: int, rest: Sequence[int]) -> Iterator[set[int]]:
+        """Every connected group of `first` and some of the rest, each once."""
+
+        def grow(group: set[int], banned: set[int]) -> Iterator[set[int]]:
+            yield group
+            names = {i for p in group for i in self.inputs[p]}
+            for p in rest:
+                if p not in group and p not in banned and names & {*self.inputs[p]}:
+                    yield from grow(group | {p}, banned)
+                    banned = banned | {p}
+
+        yield from grow({first}, set())
 
     def hyper(self, max_trials: int, max_seconds: float) -> Tree:
         """cotengra's hyper-optimizer under our own cost, in which subtrees of cores are free."""
@@ -221,19 +242,6 @@ class TreeSearch:
 def step_seconds(profile: DeviceProfile, union: int, left: int, right: int, result: int) -> float:
     """Seconds of one contraction from the sizes of all its indices, of both sides and of the result."""
     return profile.node + max(2.0 * union / profile.flops, 4.0 * (left + right + result) / profile.bandwidth)
-
-
-def _partitions(items: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
-    """All partitions of a sequence into groups."""
-    if not items:
-        yield []
-        return
-    first, rest = items[0], items[1:]
-    for size in range(len(rest) + 1):
-        for others in itertools.combinations(rest, size):
-            remaining = [p for p in rest if p not in others]
-            for partition in _partitions(remaining):
-                yield [(first, *others), *partition]
 
 
 @functools.cache
