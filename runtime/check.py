@@ -13,7 +13,7 @@ import torch
 
 from tncompile.cost.search import einsum_path
 from tncompile.errors import CheckError, TNCompileError
-from tncompile.frontend.importer import TracedModel
+from tncompile.frontend.importer import TracedModel, source_of
 from tncompile.ir import Array, Value, dims
 from tncompile.runtime.session import Session
 
@@ -77,9 +77,10 @@ def check(
             f"{', '.join(session.outputs)}; the model has {', '.join(sorted(expected))} and "
             f"{', '.join(name for name, _ in program.outputs)}"
         )
+    _refuse_random(traced)
     runs: list[tuple[str, Mapping[str, Array]]] = []
     if examples:
-        runs = [(f"example {k}", example) for k, example in enumerate(examples)]
+        runs = [(f"example {k}", _fitting(example, traced)) for k, example in enumerate(examples)]
     else:
         generator = np.random.default_rng(seed)
         for number, sizes in enumerate(_size_sets(traced, batches)):
@@ -128,6 +129,35 @@ def relative_error(result: Array, reference: Array) -> float:
 
 
 # ------------------------------------------------------------------------------------ inputs
+
+
+def _refuse_random(traced: TracedModel) -> None:
+    for node in traced.exported.graph_module.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags:
+            raise CheckError(
+                f"the model draws random numbers ({node.target}), so its numbers cannot be checked; "
+                "call model.eval() before torch.export, or compile with --no-check",
+                source_of(node),
+            )
+
+
+def _fitting(example: Mapping[str, Array], traced: TracedModel) -> dict[str, Array]:
+    """An example in the inputs' dtypes. CheckError where it does not fit the model."""
+    inputs = {v.name: v for v in traced.program.inputs}
+    if {*example} != {*inputs}:
+        raise CheckError(f"the example has {', '.join(example) or 'no arrays'}; the inputs are {', '.join(inputs)}")
+    fitting = {}
+    for name, value in inputs.items():
+        array, shape = np.asarray(example[name]), value.shape or ()
+        fixed = [(a, d) for a, d in zip(array.shape, shape, strict=False) if isinstance(d, int)]
+        if array.ndim != len(shape) or any(a != d for a, d in fixed):
+            wanted = " ".join(map(str, shape))
+            raise CheckError(f"the example's {name} has shape {array.shape}; the input's is [{wanted}]")
+        if array.dtype.kind != np.dtype(value.dtype).kind:
+            raise CheckError(f"the example's {name} is {array.dtype}; the input is {value.dtype}")
+        fitting[name] = array.astype(value.dtype)
+    return fitting
 
 
 def _size_sets(traced: TracedModel, batches: Sequence[int]) -> list[dict[str, int]]:

@@ -198,11 +198,9 @@ def _verify(options: argparse.Namespace) -> int:
     if detect(Path(options.output)) != "ONNX":
         raise LoadError(f"{options.output}: not an ONNX file; give the model first, then the compiled file")
     from tncompile import compiler
-    from tncompile.frontend.importer import import_exported
-    from tncompile.frontend.load import load_exported
     from tncompile.runtime.session import Session
 
-    traced = import_exported(load_exported(options.model))
+    traced = compiler.import_file(options.model)
     session = Session(options.output)
     result = compiler.check_session(session, traced, options.batch, [_load_example(path) for path in options.example])
     print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
@@ -226,15 +224,13 @@ def _program(options: argparse.Namespace) -> Program:
 
         return program_of(path)
     from tncompile import compiler
-    from tncompile.frontend.importer import import_exported
-    from tncompile.frontend.load import load_exported
     from tncompile.passes import DEFAULT, Context
 
     passes = _passes(options) or DEFAULT
     names = [p.name() for p in passes]
     if options.after is not None and options.after not in names:
         raise TNCompileError(f"--after {options.after}: no such pass is run; the passes are {', '.join(names)}")
-    traced = import_exported(load_exported(path))
+    traced = compiler.import_file(path)
     if options.after is None:
         return traced.program
     last = len(names) - names[::-1].index(options.after)

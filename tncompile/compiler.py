@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,24 @@ def compile_file(path: str | os.PathLike[str], **options: Any) -> CompiledModel:
     start = time.perf_counter()
     exported = load_exported(path)
     seconds = time.perf_counter() - start
-    return compile_exported(exported, model=str(path), load_seconds=seconds, **options)
+    with naming(path):
+        return compile_exported(exported, model=str(path), load_seconds=seconds, **options)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the file's name in front of what is wrong with the model in it."""
+    try:
+        yield
+    except (UnsupportedError, CheckError) as error:
+        raise type(error)(f"{os.fspath(path)}: {error}") from error
+
+
+def import_file(path: str | os.PathLike[str]) -> TracedModel:
+    """The traced model in a file written by `torch.export.save`."""
+    exported = load_exported(path)
+    with naming(path):
+        return import_exported(exported)
 
 
 def compile_exported(
@@ -247,6 +265,7 @@ __all__ = [
     "compile",
     "compile_exported",
     "compile_file",
+    "import_file",
     "run_passes",
     "to_bytes",
     "write_file",

@@ -243,7 +243,7 @@ class _Lowering:
         batch = order[start : start + len(batch)]
         left = self.write.permute(left, (*before, *batch, *summed, *after))  # in place already, as scheduled
         space = self._space(left, before, after)
-        if not batch and space:
+        if not batch and space and self.network.dtype != "float64":  # ONNX Runtime has no such Conv
             left = self.write.regroup(left, (before, summed, *space))
             weight = self._side(core, (free, summed, *((),) * len(space)))
             return Laid(self.write.op("Conv", [left.value, weight.value]), (before, free, *space))
@@ -336,6 +336,8 @@ class _Lowering:
             return None
         axis = 1 if node.op_type == "Conv" else len(result.axes) - 1
         if node.op_type not in ("Conv", "MatMul") or (node.op_type == "MatMul" and len(result.axes) != 2):
+            return None
+        if any(map(self.write.symbolic, result.axes[axis])):
             return None
         array = sum((self._term_array(b, result.order) for b in biases), np.zeros(()))
         inside = {n for n, size in zip(result.order, array.shape, strict=True) if size != 1}
