@@ -85,7 +85,11 @@ def write_onnx(path: Path) -> None:
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     values = ([info("x", 1, [2])], [info("y", 1, [2])])
     path.write_bytes(
-        onnx.helper.make_model(onnx.helper.make_graph([node], "g", *values), ir_version=10).SerializeToString()
+        onnx.helper.make_model(
+            onnx.helper.make_graph([node], "g", *values),
+            opset_imports=[onnx.helper.make_opsetid("", 20)],
+            ir_version=10,
+        ).SerializeToString()
     )
 
 
