@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from tncompile.cost.search import optimal
 from tncompile.errors import SourceRef
 from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Tensor, Term
 from tncompile.ir.core import left_to_right
@@ -223,7 +224,10 @@ def _aligned(term: Term, keep: Sequence[Index]) -> Array:
     for core in term.tensors:
         array, names = labelled(core)
         parts.append((array.reshape([int(i.size) for i in core.indices]), names))
-    result, names = contract(parts, term.order, {i.name for i in keep})
+    kept = tuple(i.name for i in keep)
+    sizes = {name: int(i.size) for name, i in term.indices.items()}
+    order = optimal([names for _, names in parts], tuple(n for n in kept if n in sizes), sizes)
+    result, names = contract(parts, order, kept)
     present = [i.name for i in keep if i.name in names]
     return einsum([(result, names)], present).reshape([int(i.size) if i.name in names else 1 for i in keep])
 

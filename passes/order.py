@@ -42,7 +42,7 @@ class Order(Pass):
        candidate of a batch size is least.
     """
 
-    max_trials: int = 48
+    max_trials: int = 16
     max_seconds: float = 4.0
     keep: int = 16
     margin: float = 0.1
@@ -206,17 +206,20 @@ def _explain(
     elif merged:
         what = f"{what}, {len(before.cores)} cores are {len(after.cores)}"
 
+    last = int(np.argmax(context.batches))
+
     def against(other: Candidate | None, name: str) -> str:
         if other is None or other is best:
             return ""
-        times = ", ".join(
-            f"{b:.3g} µs against {a:.3g} at batch {n}"
-            for a, b, n in zip(
-                (s * 1e6 for s in other.seconds), (s * 1e6 for s in best.seconds), context.batches, strict=True
-            )
-        )
-        return f"{name}: {times}"
+        return f"{name} {_microseconds(other.seconds[last])}"
 
-    why = "; ".join(t for t in (against(dense, "than dense"), against(traced, "than as traced")) if t)
+    others = ", ".join(t for t in (against(dense, "dense"), against(traced, "as traced")) if t)
+    why = f"predicted {_microseconds(best.seconds[last])} at batch {context.batches[last]}; {others}" if others else ""
     tried = {c.label: [round(s * 1e6, 3) for s in c.seconds] for c in sorted(candidates, key=lambda c: sum(c.seconds))}
-    return Change(network.output.name, what, f"predicted {why}" if why else "", details={"microseconds": tried})
+    return Change(network.output.name, what, why, details={"batches": context.batches, "microseconds": tried})
+
+
+def _microseconds(seconds: float) -> str:
+    """``12.3 µs``, ``4.56 ms``, ``7.89 s``."""
+    unit, factor = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("µs", 1e6))
+    return f"{seconds * factor:.3g} {unit}"

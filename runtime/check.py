@@ -104,7 +104,7 @@ def check(
         worst, eager_error = max(e for e, _, _ in found), max(e for _, e, _ in found)
         if any(math.isnan(e) for e, _, _ in found):
             worst = math.nan
-        bound = max(FACTOR * eager_error, _FLOORS.get(found[0][2], 0.0))
+        bound = max(_FLOORS.get(found[0][2], 0.0), FACTOR * eager_error)  # this order: eager's may be no number
         checks.append(OutputCheck(name, worst, eager_error, bound))
     return CheckReport(tuple(checks), tuple(label for label, _ in runs))
 

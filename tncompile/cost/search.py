@@ -87,6 +87,7 @@ class TreeSearch:
         self.output = output
         self.sizes = dict(sizes)
         self.profile = profile
+        self._inner_orders: dict[tuple[int, ...], Tree] = {}
 
     def kept(self, positions: Collection[int]) -> Names:
         """Indices of the contraction of some tensors, in order of first use."""
@@ -103,7 +104,7 @@ class TreeSearch:
         groups = self._components([p for p, core in enumerate(self.core) if core])
         return self._with_groups(groups, "flops")
 
-    def merges(self, limit: int = 256) -> tuple[list[Tree], bool]:
+    def merges(self, limit: int = 128) -> tuple[list[Tree], bool]:
         """Ways to merge connected cores at compile time, each with cotengra's best order of the rest.
 
         All of them where there are at most `limit` and the network is small enough for an optimal order; the
@@ -229,8 +230,12 @@ class TreeSearch:
         return place(outer)
 
     def _inner(self, group: tuple[int, ...]) -> Tree:
-        if len(group) == 1:
-            return group[0]
+        """The order in which a group of cores is merged; the same in every partition that has the group."""
+        if group not in self._inner_orders:
+            self._inner_orders[group] = group[0] if len(group) == 1 else self._optimal_inner(group)
+        return self._inner_orders[group]
+
+    def _optimal_inner(self, group: tuple[int, ...]) -> Tree:
         tree = optimal([self.inputs[p] for p in group], self.kept(group), self.sizes)
 
         def place(tree: Tree) -> Tree:

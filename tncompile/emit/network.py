@@ -219,7 +219,8 @@ class _Lowering:
         axes = (*self.write.gather(before), *self.write.gather(batch))
         tail = self._one(after)
         left = self.write.arrange(left, (*axes, *tail, c.summed))
-        matrix = self._side(right, (*self.write.gather(batch), c.summed, free))
+        single: Groups = ((),) * (len(tail) - 1)  # so that the batch modes of both sides stand above each other
+        matrix = self._side(right, (*self.write.gather(batch), *single, c.summed, free))
         value = self.write.op("MatMul", [left.value, matrix.value])
         return Laid(value, (*axes, *tail, free))
 

@@ -328,6 +328,8 @@ def _name_interface(model: onnx_ir.Model, program: Program, traced: TracedModel)
     """The model's own names for inputs, outputs and dimensions."""
     graph = model.graph
     wanted = [public for public, _ in program.outputs]
+    for value, item in zip(graph.inputs, program.inputs, strict=True):  # the exporter renames one that is an output
+        value.name = item.name
     for position, public in enumerate(wanted):
         value = graph.outputs[position]
         again = any(value is v for v in [*graph.inputs, *list(graph.outputs)[:position]])

@@ -54,15 +54,16 @@ class TracedModel:
 
 def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
     """Import an exported program. UnsupportedError where the model cannot be compiled."""
-    if exported.graph_signature.buffers_to_mutate or getattr(exported.graph_signature, "user_inputs_to_mutate", None):
-        names = [*exported.graph_signature.buffers_to_mutate.values()]
+    with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        functional = exported.run_decompositions({})
+    signature = functional.graph_signature  # before, a write is an operation like any other
+    if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
+        names = [*signature.buffers_to_mutate.values()]
         raise UnsupportedError(
             f"the model writes to {', '.join(names) or 'an input'} when it runs; "
             "export it in inference mode (model.eval()), with state as inputs and outputs"
         )
-    with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        functional = exported.run_decompositions({})
     return _Importer(functional).run()
 
 

@@ -187,7 +187,7 @@ def _addmm(c: Context, bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any =
     rank_a, rank_b = _rank(a), _rank(b)
     batch: list[Label] = ["d"] if rank_a == 3 else []
     column: list[Label] = ["n"] if rank_b > 1 else []
-    output = ([] if "addbmm" in operator_name(c.node) else batch) + ["m", *column]
+    output = ([] if operator_name(c.node) == "aten.addbmm" else batch) + ["m", *column]
     return Equation(
         [
             Product([(a, [*batch, "m", "k"]), (b, [*batch[: rank_b - 1], "k", *column])], _number(alpha)),
@@ -334,6 +334,13 @@ def _squeeze(c: Context, a: Any, *_: Any) -> Reshape:
 @_register("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "reshape_as")
 def _identity(c: Context, a: Any, *_: Any, memory_format: Any = None) -> Reshape:
     return Reshape(a)
+
+
+@_register("slice", "slice_copy")
+def _slice(c: Context, a: Any, *_: Any, **__: Any) -> Reshape:
+    if [str(s) for s in shape_of(a)] != [str(s) for s in shape_of(c.node)]:
+        raise NotMultilinear("a slice of a part")
+    return Reshape(a)  # the whole of a mode: what the colon of ``x[:, None]`` leaves
 
 
 @_register("dropout")

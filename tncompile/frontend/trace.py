@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,10 +31,7 @@ def trace(
     )
     automatic = isinstance(dynamic_shapes, str)
     if automatic:
-        dynamic_shapes = _first_modes(args)
-        if kwargs:
-            named = dict(zip(_parameters(module), dynamic_shapes, strict=False))
-            dynamic_shapes = {**named, **_first_modes(kwargs)}
+        dynamic_shapes = _first_modes(_bound(module, args, kwargs or {}))
     with whole_einsums():
         exported = _export(module, args, kwargs, dynamic_shapes)
     if automatic and _has_batch(args) and not exported.range_constraints:
@@ -58,10 +56,12 @@ def _has_batch(args: Any) -> bool:
     return any(t.ndim and t.shape[0] > 1 for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor))
 
 
-def _parameters(module: torch.nn.Module) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(module.forward).parameters)
+def _bound(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by parameter of `forward`, those of ``*args`` together: as torch.export pairs them with shapes."""
+    try:
+        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise UnsupportedError(f"torch.export cannot trace {type(module).__name__}: {error}") from error
 
 
 def _export(module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any) -> torch.export.ExportedProgram:

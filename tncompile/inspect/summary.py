@@ -79,34 +79,14 @@ class Report:
 
     def render(self) -> list[RenderableType]:
         """The summary for a terminal: a table and the lines under it."""
-        from rich.table import Table
         from rich.text import Text
 
         parts: list[RenderableType] = []
         if self.networks:
-            largest = max(self.batches)
-            table = Table(title=None, box=None, pad_edge=False, header_style="bold", show_edge=False)
-            table.add_column("network")
-            table.add_column("shape")
-            table.add_column("cores and bonds")
-            table.add_column("parameters\nof dense", justify="right")
-            table.add_column(f"MFLOP, batch {largest}\nnaive/dense/now", justify="right")
-            table.add_column(f"MB, batch {largest}\nnaive/dense/now", justify="right")
-            table.add_column("what was done")
+            parts.append(self._table())
             for net in self.networks:
-                cost = net.costs[largest]
-                cells = (
-                    net.name,
-                    f"{' '.join(net.inputs)} → {net.output}",
-                    f"{len(net.cores)} core{'s' * (len(net.cores) != 1)}"
-                    + (f"\n{' '.join(net.bonds)}" if net.bonds else ""),
-                    f"{net.parameters:,}\n{net.dense_parameters:,}",
-                    "/".join(_short(c.flops / 1e6) for c in cost.values()),
-                    "/".join(_short(c.bytes / 1e6) for c in cost.values()),
-                    "\n".join(net.decisions) or "as traced",
-                )
-                table.add_row(*(Text(cell) for cell in cells))  # Text: shapes are not markup
-            parts.append(table)
+                if net.decisions:
+                    parts.append(Text.assemble((net.name, "bold"), ": ", "; ".join(net.decisions)))
         else:
             parts.append(Text("no tensor networks with weights in this model"))
         rest = [f"{self.views} views and sums without weights" * (self.views > 0)]
@@ -127,6 +107,34 @@ class Report:
         parts.append(Text(f"{total:.1f} s ({spent})" + (f"; {self.size / 1e6:.2f} MB" if self.size else "")))
         return parts
 
+    def _table(self) -> RenderableType:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        largest = max(self.batches)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+        for title in ("network", "shape", "cores, bonds"):
+            table.add_column(title)
+        for title in ("parameters\nof dense", f"MFLOP, batch {largest}\nnaive dense now", "MB\nnaive dense now"):
+            table.add_column(title, justify="right")
+        for net in self.networks:
+            cost = net.costs[largest].values()
+            cells = (
+                net.name,
+                f"{_few(net.inputs)} → {net.output}",
+                f"{len(net.cores)}{', ' if net.bonds else ''}{_few(net.bonds)}",
+                f"{net.parameters:,} of {net.dense_parameters:,}",
+                "  ".join(_short(c.flops / 1e6) for c in cost),
+                "  ".join(_short(c.bytes / 1e6) for c in cost),
+            )
+            table.add_row(*(Text(cell) for cell in cells))  # Text: shapes are not markup
+        return table
+
+
+def _few(items: Sequence[str], limit: int = 3) -> str:
+    return " ".join([*items[:limit], "…"]) if len(items) > limit else " ".join(items)
+
 
 def _short(number: float) -> str:
     if number == 0:
@@ -141,19 +149,14 @@ def summarize(
     """The networks with weights, and how many have none. `before` is the program with layers composed but
     cores as they were; values keep their names, so the two programs pair up."""
     originals = {n.output.name: n for n in before.networks}
-    decisions: dict[str, list[str]] = {}
-    for report in passes:
-        if report.name in ("fold", "merge_cores", "order"):
-            for change in report.changes:
-                if not change.declined:
-                    decisions.setdefault(change.network, []).append(change.what)
+    decisions = {name: _headlines(name, passes) for name in originals}
     summaries, views = [], 0
     for network in after.networks:
         original = originals.get(network.output.name, network)
         if not any(c.indices for c in original.cores):
             views += 1
             continue
-        summaries.append(_summary(original, network, decisions.get(network.output.name, []), context))
+        summaries.append(_summary(original, network, decisions.get(network.output.name, ()), context))
     return tuple(summaries), views
 
 
@@ -190,7 +193,7 @@ def _summary(original: Network, final: Network, decisions: Sequence[str], contex
         stored=sum(_size(c) for c in final.cores),
         costs=costs,
         plan=tuple(plan),
-        decisions=tuple(_brief(d) for d in decisions),
+        decisions=tuple(decisions),
         source=str(final.source),
     )
 
@@ -209,6 +212,17 @@ def _dense_size(network: Network, term: Any) -> int:
     outside = {i.name for i in network.output.indices} | {i.name for t in term.operands for i in t.indices}
     names = {i.name: i.size for c in term.cores for i in c.indices if i.name in outside}
     return int(dims.product(names.values())) if names else sum(_size(c) for c in term.cores)
+
+
+def _headlines(value: str, passes: Sequence[PassReport]) -> tuple[str, ...]:
+    """What the passes made of one network, in a few words; the report has every change."""
+    changes = [(p.name, c) for p in passes for c in p.changes if c.network == value and not c.declined]
+    lines = [c.what for name, c in changes if name == "fold" and c.what.endswith("composed")]
+    merged = sum(name == "merge_cores" for name, _ in changes)
+    if merged:
+        lines.append(f"{merged} merge{'s' * (merged > 1)} of adjacent cores")
+    lines += [f"{_brief(c.what)} ({c.why})" if c.why else _brief(c.what) for name, c in changes if name == "order"]
+    return tuple(lines)
 
 
 def _brief(text: str, limit: int = 100) -> str:
