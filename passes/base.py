@@ -24,6 +24,9 @@ class Context:
     sizes: Mapping[str, int] = field(default_factory=dict)
     profile: DeviceProfile = CPU
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(sorted({*self.batches})))
+
     def symbols(self, batch: int) -> dict[str, int]:
         """Sizes of all symbols at one batch size."""
         return {**self.sizes, "batch": batch}

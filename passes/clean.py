@@ -110,12 +110,13 @@ def _drop_neutral(network: Network, term: Term, changes: list[Change]) -> Term:
 
 
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "exponential")
+_DRAWS = ("poisson", "geometric", "binomial", "cauchy")
 
 
 def _key(node: Node) -> Any:
     """What a node computes, whatever its value and its indices are called."""
     if isinstance(node, Opaque):
-        if any(word in node.target for word in _RANDOM):
+        if any(word in node.target for word in (*_RANDOM, *_DRAWS)):
             return id(node)
         return (node.target, _hashable(node.args), _hashable(node.kwargs))
     number = {name: k for k, name in enumerate(node.indices)}
@@ -130,7 +131,7 @@ def _key(node: Node) -> Any:
 def _hashable(arg: Any) -> Any:
     if isinstance(arg, tuple):
         return tuple(_hashable(a) for a in arg)
-    return (type(arg).__name__, arg)  # 1, 1.0 and True are different arguments
+    return (type(arg).__name__, repr(arg))  # 1, 1.0 and True are different arguments, and so are 0.0 and -0.0
 
 
 def _drop_dead(program: Program, changes: list[Change]) -> Program:

@@ -191,7 +191,7 @@ def _weighs(network: Network) -> bool:
 def _combine_terms(network: Network, changes: list[Change]) -> Network:
     constants = [t for t in network.terms if t.is_constant]
     moving = [t for t in network.terms if not t.is_constant]
-    moving = _merge_like_terms(network, moving, changes)
+    moving = merge_like_terms(network, moving, changes)
     if moving and len(constants) + sum(len(t.tensors) > 1 for t in constants) > 1:
         constants = [_bias(network, constants)]
         what = f"{sum(t.is_constant for t in network.terms)} biases and scales are one bias"
@@ -232,7 +232,7 @@ def _aligned(term: Term, keep: Sequence[Index]) -> Array:
     return einsum([(result, names)], present).reshape([int(i.size) if i.name in names else 1 for i in keep])
 
 
-def _merge_like_terms(network: Network, terms: list[Term], changes: list[Change]) -> list[Term]:
+def merge_like_terms(network: Network, terms: list[Term], changes: list[Change]) -> list[Term]:
     """``x W + x A B`` -> ``x (W + A B)`` where the product has the indices of W."""
     result: list[Term] = []
     for term in terms:
@@ -257,6 +257,9 @@ def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
         return None
     if any(len({*t.indices}) < len(t.indices) for t in (x, y)):
         return None
+    output = {i.name for i in network.output.indices}
+    if any((i != j) and {i.name, j.name} & output for i, j in zip(x.indices, y.indices, strict=True)):
+        return None  # the operand is read in another order: x + x transposed
     products = [_core_indices(network, t) for t in (a, b)]
     largest = max((c.data.size for t in (a, b) for c in t.cores if c.data is not None), default=0)
     if not (a.cores and b.cores) or any(math.prod(int(i.size) for i in p) > largest for p in products):

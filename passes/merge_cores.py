@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import numpy as np
+
 from tncompile.ir import Network, Node, Program, Term
 from tncompile.ir.edit import merge_tensors, merged_axes, unique_cores
 from tncompile.passes.base import Change, Context, Pass
@@ -40,16 +42,26 @@ class MergeCores(Pass):
         return unique_cores(replace(program, nodes=tuple(nodes))), changes
 
     def _merge(self, network: Network, term: Term, changes: list[Change]) -> Term:
+        refused: set[tuple[int, ...]] = set()
         while True:
             found = [
-                (gain, pair) for pair in self._pairs(term) if (gain := self._gain(network, term, pair)) is not None
+                (gain, pair)
+                for pair in self._pairs(term)
+                if pair not in refused and (gain := self._gain(network, term, pair)) is not None
             ]
             if not found:
                 self._explain(network, term, changes)
                 return term
             gain, pair = max(found, key=lambda item: (item[0], [-p for p in item[1]]))
             a, b = (term.tensors[p].name for p in pair)
-            term = merge_tensors(term, pair, network.output.indices, network.dtype)
+            merged = merge_tensors(term, pair, network.output.indices, network.dtype)
+            if not all(np.isfinite(c.data).all() for c in merged.cores if c.data is not None):
+                refused.add(pair)
+                why = f"the product does not fit into {network.dtype}"
+                what = f"{a} and {b} are not merged"
+                changes.append(Change(network.output.name, what, why, declined=True))
+                continue
+            term, refused = merged, set()
             why = f"{gain} elements fewer" if gain else "no more elements than before"
             changes.append(Change(network.output.name, f"{a} and {b} are one core", why))
 

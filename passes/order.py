@@ -9,18 +9,22 @@ import numpy as np
 
 from tncompile.cost.schedule import Schedule, Scheduler, reduced_layout
 from tncompile.cost.search import TreeSearch
-from tncompile.ir import Network, Node, Program, Term, Tree
-from tncompile.ir.edit import map_tree, merge_tensors, unique_cores
+from tncompile.ir import Network, Node, Program, Step, Term, Tree
+from tncompile.ir.core import left_to_right
+from tncompile.ir.edit import merge_tensors, unique_cores
 from tncompile.ir.evaluate import flatten
 from tncompile.passes.base import Change, Context, Pass
+from tncompile.passes.fold import merge_like_terms
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to contract a term: its tree and its predicted seconds at each batch size."""
+    """One way to contract a term: a tree, the steps that run what is left of it once its subtrees of cores are
+    merged, and their predicted seconds at each batch size."""
 
     label: str
     tree: Tree
+    steps: tuple[Step, ...]
     seconds: tuple[float, ...]
 
 
@@ -43,7 +47,6 @@ class Order(Pass):
     """
 
     max_trials: int = 16
-    max_seconds: float = 4.0
     keep: int = 16
     margin: float = 0.1
 
@@ -53,8 +56,10 @@ class Order(Pass):
         known: dict[object, list[Candidate]] = {}
         for node in program.nodes:
             if isinstance(node, Network):
-                terms = tuple(self._term(node, term, context, known, changes) for term in node.terms)
-                node = replace(node, terms=terms)
+                moving = [self._term(node, t, context, known, changes) for t in node.terms if not t.is_constant]
+                # what folded to dense on one operand is one dense layer
+                moving = [_scheduled(node, t, context) for t in merge_like_terms(node, moving, changes)]
+                node = replace(node, terms=(*moving, *(t for t in node.terms if t.is_constant)))
             nodes.append(node)
         return unique_cores(replace(program, nodes=tuple(nodes))), changes
 
@@ -66,29 +71,29 @@ class Order(Pass):
         known: dict[object, list[Candidate]],
         changes: list[Change],
     ) -> Term:
-        if term.is_constant:
-            return term
         key = _key(network, term)
         if key not in known:
             known[key] = self._candidates(network, term, context)
         candidates = known[key]
         best = self._choose(candidates)
-        chosen = merge_constants(network, term, best.tree)
-        schedule = scheduler(network, chosen, context, max(context.batches)).schedule(chosen.order)
-        chosen = replace(chosen, steps=schedule.steps)
+        chosen = replace(merge_constants(network, term, best.tree), steps=best.steps)
+        if _overflows(term, chosen):  # in float16 a product of cores may not fit where each of them does
+            best = self._unmerged(network, term, context)
+            chosen = replace(term, order=best.tree, steps=best.steps)
         if len(term.tensors) > 1:
             changes.append(_explain(network, term, chosen, best, candidates, context))
         return chosen
 
     def _candidates(self, network: Network, term: Term, context: Context) -> list[Candidate]:
-        inputs = [reduced_layout(term, p, (i.name for i in network.output.indices)) for p in range(len(term.tensors))]
+        output = tuple(i.name for i in network.output.indices)
+        inputs = [reduced_layout(term, p, output) for p in range(len(term.tensors))]
         core = [t.is_core for t in term.tensors]
-        output = tuple(i.name for i in network.output.indices if i.name in term.indices)
-        trees: dict[Tree, str] = {term.order: "as traced"}
+        kept = tuple(name for name in output if name in term.indices)
         searches = [
-            TreeSearch(inputs, core, output, context.index_sizes(network, batch), context.profile)
+            TreeSearch(inputs, core, kept, context.index_sizes(network, batch), context.profile)
             for batch in context.batches
         ]
+        trees: dict[Tree, str] = {term.order: "as traced"}
         dense = searches[0].dense()
         if dense is not None:
             trees[dense] = "dense"
@@ -97,26 +102,27 @@ class Order(Pass):
                 merges, complete = search.merges()
                 trees |= {tree: "" for tree in merges if tree not in trees}
                 if not complete:
-                    trees.setdefault(search.hyper(self.max_trials, self.max_seconds / 2), "")
-        kept = {tree for tree, label in trees.items() if label}
+                    trees.setdefault(search.hyper(self.max_trials), "")
+        good = {tree for tree, label in trees.items() if label}
         for search in searches:
-            kept |= {*sorted(trees, key=search.estimate)[: self.keep]}
-        schedulers = [scheduler(network, term, context, batch) for batch in context.batches]
-        return [
-            Candidate(label or _label(term, tree), tree, tuple(s.schedule(tree).seconds for s in schedulers))
-            for tree, label in trees.items()
-            if tree in kept
-        ]
+            good |= {*sorted(trees, key=search.estimate)[: self.keep]}
+        return [c for tree, label in trees.items() if tree in good for c in _ways(network, term, tree, label, context)]
+
+    @staticmethod
+    def _unmerged(network: Network, term: Term, context: Context) -> Candidate:
+        """The operands first, then core after core: nothing is computed at compile time."""
+        positions = sorted(range(len(term.tensors)), key=lambda p: term.tensors[p].is_core)
+        return _ways(network, term, left_to_right(positions), "nothing merged", context)[-1]
 
     def _choose(self, candidates: Sequence[Candidate]) -> Candidate:
         fastest = np.min([c.seconds for c in candidates], axis=0)
-        dense = next((c for c in candidates if c.label == "dense"), None)
+        dense = _best_of(candidates, "dense")
 
         def worst(candidate: Candidate) -> float:
             return float(np.max(np.asarray(candidate.seconds) / np.maximum(fastest, 1e-12)))
 
         def never_slower(candidate: Candidate) -> bool:
-            if dense is None or candidate is dense:
+            if dense is None or candidate.label == "dense":
                 return True
             return all(s * (1 + self.margin) <= d for s, d in zip(candidate.seconds, dense.seconds, strict=True))
 
@@ -130,8 +136,33 @@ def scheduler(network: Network, term: Term, context: Context, batch: int) -> Sch
     return Scheduler(term, network.output.indices, sizes, context.profile, itemsize)
 
 
-def merge_constants(network: Network, term: Term, tree: Tree) -> Term:
-    """Contract every largest subtree of cores alone; the term's order becomes what is left of `tree`."""
+def _ways(network: Network, term: Term, tree: Tree, label: str, context: Context) -> list[Candidate]:
+    """The best schedule of a tree for each batch size, each priced at all of them."""
+    merged = merge_constants(network, term, tree, shapes_only=True)
+    schedulers = [scheduler(network, merged, context, batch) for batch in context.batches]
+    found = dict.fromkeys(s.schedule(merged.order).steps for s in schedulers)
+    return [Candidate(label, tree, steps, tuple(s.price(steps).seconds for s in schedulers)) for steps in found]
+
+
+def _scheduled(network: Network, term: Term, context: Context) -> Term:
+    if term.steps is not None:
+        return term
+    best = scheduler(network, term, context, context.batches[-1]).schedule(term.order)
+    return replace(term, steps=best.steps)
+
+
+def _overflows(before: Term, after: Term) -> bool:
+    def finite(term: Term) -> bool:
+        return all(bool(np.isfinite(c.data).all()) for c in term.cores if c.data is not None)
+
+    return finite(before) and not finite(after)
+
+
+def merge_constants(network: Network, term: Term, tree: Tree, shapes_only: bool = False) -> Term:
+    """Contract every largest subtree of cores alone; the term's order becomes what is left of `tree`.
+
+    With `shapes_only` the new cores have no numbers of their own, which is enough to schedule the term.
+    """
     groups: list[tuple[int, ...]] = []
 
     def find(tree: Tree) -> None:
@@ -145,14 +176,12 @@ def merge_constants(network: Network, term: Term, tree: Tree) -> Term:
 
     find(tree)
     term = replace(term, order=tree, steps=None)
-    # positions shift as tensors go: find each group again by its first tensors
-    tags = list(range(len(term.tensors)))
+    tags = list(range(len(term.tensors)))  # positions shift as tensors go
     for group in groups:
         now = [tags.index(p) for p in group]
-        term = merge_tensors(term, now, network.output.indices, network.dtype)
-        first = min(now)
-        tags = [p for k, p in enumerate(tags) if k == first or k not in now]
-    return replace(term, order=map_tree(term.order, lambda p: p))
+        term = merge_tensors(term, now, network.output.indices, network.dtype, shapes_only)
+        tags = [p for k, p in enumerate(tags) if k == min(now) or k not in now]
+    return term
 
 
 def dense_tree(network: Network, term: Term, context: Context, batch: int) -> Tree | None:
@@ -164,9 +193,10 @@ def dense_tree(network: Network, term: Term, context: Context, batch: int) -> Tr
     return TreeSearch(inputs, core, kept, context.index_sizes(network, batch), context.profile).dense()
 
 
-def cost_of(network: Network, term: Term, tree: Tree, context: Context, batch: int) -> Schedule:
-    """Predicted cost of one order of a term."""
-    return scheduler(network, term, context, batch).schedule(tree)
+def cost_of(network: Network, term: Term, tree: Tree | None, context: Context, batch: int) -> Schedule:
+    """Predicted cost of one order of a term; without a tree, of its own steps."""
+    prices = scheduler(network, term, context, batch)
+    return prices.price(term.steps or ()) if tree is None else prices.schedule(tree)
 
 
 def _key(network: Network, term: Term) -> object:
@@ -189,6 +219,10 @@ def _label(term: Term, tree: Tree) -> str:
     return show(tree)
 
 
+def _best_of(candidates: Sequence[Candidate], label: str) -> Candidate | None:
+    return min((c for c in candidates if c.label == label), key=lambda c: sum(c.seconds), default=None)
+
+
 def _short(name: str) -> str:
     """``factor_0*factor_1`` for ``fc.factor_0*factor_1``."""
     return "*".join(part.rpartition(".")[2] for part in name.split("*"))
@@ -198,10 +232,9 @@ def _explain(
     network: Network, before: Term, after: Term, best: Candidate, candidates: Sequence[Candidate], context: Context
 ) -> Change:
     merged = len(before.cores) - len(after.cores)
-    dense = next((c for c in candidates if c.label == "dense"), None)
-    traced = next((c for c in candidates if c.label == "as traced"), None)
+    dense, traced = (_best_of(candidates, label) for label in ("dense", "as traced"))
     what = f"order {_label(after, after.order)}"
-    if best.label == "dense" and merged:
+    if len(after.cores) == 1 and merged:
         what = f"folded to dense: {len(before.cores)} cores are one"
     elif merged:
         what = f"{what}, {len(before.cores)} cores are {len(after.cores)}"
@@ -209,13 +242,14 @@ def _explain(
     last = int(np.argmax(context.batches))
 
     def against(other: Candidate | None, name: str) -> str:
-        if other is None or other is best:
+        if other is None or other.tree == best.tree:
             return ""
         return f"{name} {_microseconds(other.seconds[last])}"
 
     others = ", ".join(t for t in (against(dense, "dense"), against(traced, "as traced")) if t)
     why = f"predicted {_microseconds(best.seconds[last])} at batch {context.batches[last]}; {others}" if others else ""
-    tried = {c.label: [round(s * 1e6, 3) for s in c.seconds] for c in sorted(candidates, key=lambda c: sum(c.seconds))}
+    ranked = sorted(candidates, key=lambda c: sum(c.seconds), reverse=True)  # of equal labels the best stays
+    tried = {c.label or _label(before, c.tree): [round(s * 1e6, 3) for s in c.seconds] for c in ranked}
     return Change(network.output.name, what, why, details={"batches": context.batches, "microseconds": tried})
 
 

@@ -28,9 +28,10 @@ PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Fold, MergeCores, 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Runs passes in order. `Order` is always run at the end, for nothing can be emitted without a schedule."""
+    """Runs passes in order; where `scheduled`, `Order` too if it is not the last: nothing can be emitted without."""
 
     passes: Sequence[Pass] = DEFAULT
+    scheduled: bool = True
 
     def run(
         self, program: Program, context: Context, progress: Callable[[str, Program], None] = lambda name, program: None
@@ -38,7 +39,10 @@ class Pipeline:
         """The final program and a report for each pass. `progress` sees each pass's name and result."""
         verify(program, "traced")
         reports = []
-        for step in self.passes:
+        passes = list(self.passes)
+        if self.scheduled and not (passes and isinstance(passes[-1], Order)):
+            passes.append(Order())
+        for step in passes:
             start = time.perf_counter()
             program, changes = step.run(program, context)
             verify(program, "scheduled" if isinstance(step, Order) else "traced")
@@ -48,7 +52,7 @@ class Pipeline:
 
 
 def parse_passes(text: str) -> tuple[Pass, ...]:
-    """``"clean,fold,order{max_trials=8}"`` -> passes. `Order` is added where it is not last.
+    """``"clean,fold,order{max_trials=8}"`` -> passes.
 
     Raises TNCompileError for a name or an option that does not exist.
     """
@@ -58,8 +62,6 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
         if name not in PASSES:
             raise TNCompileError(f"no pass {name!r}; the passes are {', '.join(PASSES)}")
         passes.append(_with_options(PASSES[name](), options.rstrip("}")))
-    if not passes or not isinstance(passes[-1], Order):
-        passes.append(Order())
     return tuple(passes)
 
 

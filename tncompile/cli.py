@@ -235,7 +235,7 @@ def _program(options: argparse.Namespace) -> Program:
         return traced.program
     last = len(names) - names[::-1].index(options.after)
     context = Context(options.batch, {**traced.sizes, **dict(options.dim)})
-    stages, _ = compiler.run_passes(traced, context, passes[:last])
+    stages, _ = compiler.run_passes(traced, context, passes[:last], scheduled=False)
     return stages[options.after]
 
 

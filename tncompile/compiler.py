@@ -188,9 +188,16 @@ class _Watch:
 
 
 def run_passes(
-    traced: TracedModel, context: Context, passes: Sequence[Pass] = DEFAULT, progress: Progress = _no_progress
+    traced: TracedModel,
+    context: Context,
+    passes: Sequence[Pass] = DEFAULT,
+    progress: Progress = _no_progress,
+    scheduled: bool = True,
 ) -> tuple[dict[str, Program], tuple[PassReport, ...]]:
-    """The program after each pass, by name (``"traced"`` first; of a pass run twice, the last), and the reports."""
+    """The program after each pass, by name (``"traced"`` first; of a pass run twice, the last), and the reports.
+
+    Where `scheduled`, the last of them is ready to be emitted.
+    """
     stages = {"traced": traced.program}
 
     def note(name: str, program: Program) -> None:
@@ -198,7 +205,7 @@ def run_passes(
         stages[name] = program
         progress(f"{name}: {len(program.networks)} networks")
 
-    _, reports = Pipeline(passes).run(traced.program, context, note)
+    _, reports = Pipeline(passes, scheduled).run(traced.program, context, note)
     return stages, reports
 
 

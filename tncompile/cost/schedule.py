@@ -107,7 +107,8 @@ class Scheduler:
         return math.prod(self.sizes[i] for i in names)
 
     def schedule(self, tree: Tree) -> Schedule:
-        """The cheapest schedule of a tree. Subtrees of cores alone count as one core (see `merge_constants`)."""
+        """The cheapest schedule of a tree. A subtree of cores alone counts as one core, but has no steps: merge
+        it first to get some that can be run."""
         term = self.term
         self._flops = self._bytes = 0.0
         self._peak = 0
@@ -120,6 +121,23 @@ class Scheduler:
         best = min(ways, key=lambda w: w.seconds + self._permute(w.layout, wanted))
         seconds = best.seconds + self._permute(best.layout, wanted)
         return Schedule(_linear(best.plan, len(term.tensors)), seconds, self._flops, self._bytes, self._peak)
+
+    def price(self, steps: Sequence[Step]) -> Schedule:
+        """The cost of given steps, maybe found at other sizes."""
+        term, count = self.term, len(self.term.tensors)
+        layouts = [reduced_layout(term, p, self.output) for p in range(count)]
+        seconds, flops, moved, peak = 0.0, 0.0, 0.0, 0
+        for step in steps:
+            x, y = layouts[step.left], layouts[step.right]
+            core = step.right < count and term.tensors[step.right].is_core
+            forms = self._forms(x, y, core, {*step.order})
+            seconds += min(s for s, form, order in forms if (form, order) == (step.form, step.order))
+            flops += 2.0 * self.size({*x, *y})
+            moved += (self.size(x) + self.size(y) + self.size(step.order)) * self.itemsize
+            peak = max(peak, self.size(step.order))
+            layouts.append(step.order)
+        wanted = tuple(i for i in self.output if i in layouts[-1])
+        return Schedule(tuple(steps), seconds + self._permute(layouts[-1], wanted), flops, moved, peak)
 
     # ------------------------------------------------------------------------------ the tree
 

@@ -100,9 +100,9 @@ class TreeSearch:
         return math.prod(self.sizes[i] for i in self.kept(positions))
 
     def dense(self) -> Tree | None:
-        """All connected cores merged into one: what a dense layer is. None where that is too large."""
-        groups = self._components([p for p, core in enumerate(self.core) if core])
-        return self._with_groups(groups, "flops")
+        """All cores merged into one: what a dense layer is. None where that is too large."""
+        cores = tuple(p for p, core in enumerate(self.core) if core)
+        return self._with_groups([cores] if cores else [], "flops")
 
     def merges(self, limit: int = 128) -> tuple[list[Tree], bool]:
         """Ways to merge connected cores at compile time, each with cotengra's best order of the rest.
@@ -138,8 +138,11 @@ class TreeSearch:
 
         yield from grow({first}, set())
 
-    def hyper(self, max_trials: int, max_seconds: float) -> Tree:
-        """cotengra's hyper-optimizer under our own cost, in which subtrees of cores are free."""
+    def hyper(self, max_trials: int) -> Tree:
+        """cotengra's hyper-optimizer under our own cost, in which subtrees of cores are free.
+
+        Limited by trials and never by time, fewer for large networks: the same model must give the same file.
+        """
         import cotengra
 
         state = random.getstate()
@@ -148,12 +151,11 @@ class TreeSearch:
             optimizer = cotengra.HyperOptimizer(
                 methods=["greedy"],
                 minimize=self.objective(),
-                max_repeats=max_trials,
-                max_time=max_seconds,
+                max_repeats=max(2, min(max_trials, 600 // len(self.inputs))),
                 parallel=False,
                 optlib="random",
                 optlib_opts={"seed": 0},
-                on_trial_error="ignore",
+                on_trial_error="raise",
             )
             tree = optimizer.search(self.inputs, self.output, self.sizes)
             return ssa_to_tree(tree.get_ssa_path(), len(self.inputs))
@@ -196,22 +198,6 @@ class TreeSearch:
 
     def _size(self, names: Names) -> int:
         return math.prod(self.sizes[i] for i in names)
-
-    def _components(self, positions: Collection[int]) -> list[tuple[int, ...]]:
-        rest, groups = list(positions), []  # type: list[int], list[tuple[int, ...]]
-        while rest:
-            group = [rest.pop(0)]
-            names = {*self.inputs[group[0]]}
-            grown = True
-            while grown:
-                near = [p for p in rest if names & {*self.inputs[p]}]
-                grown = bool(near)
-                for p in near:
-                    rest.remove(p)
-                    group.append(p)
-                    names |= {*self.inputs[p]}
-            groups.append(tuple(sorted(group)))
-        return groups
 
     def _with_groups(self, groups: Sequence[tuple[int, ...]], minimize: str) -> Tree | None:
         """The tree that first merges each group of cores, then contracts the rest in cotengra's order."""

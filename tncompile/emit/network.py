@@ -238,7 +238,7 @@ class _Lowering:
         return Laid(self.write.op("MatMul", [left.value, matrix.value]), (*lead, free))
 
     def _core_left(self, left: Laid, core: Tensor, batch: Group, summed: Group, free: Group, order: Group) -> Laid:
-        start = order.index((*batch, *free)[0]) if (*batch, *free) else _position(left.order, summed)
+        start = _position(order, (*batch, *free)) if (*batch, *free) else _position(left.order, summed)
         before = order[:start]
         after = order[start + len(batch) + len(free) :]
         batch = order[start : start + len(batch)]

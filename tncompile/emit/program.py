@@ -13,6 +13,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -35,7 +36,7 @@ from tncompile.emit.graph import Weights
 from tncompile.emit.network import lower
 from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Arg, Constant, Network, Opaque, Program, Ref, Value
+from tncompile.ir import Arg, Constant, Network, Node, Opaque, Program, Ref, Value, evaluate
 from tncompile.ir import text as ir_text
 
 OPSET = 20
@@ -52,10 +53,23 @@ def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
     if all(isinstance(node, Network) for node in program.nodes):
         model = _of_placeholders(program)  # nothing for the exporter to do
     else:
+        program = _constants_as_weights(program)
         model = _export(program, traced)
     _lower_networks(model, program)
     _name_interface(model, program, traced)
     return _finish(model, program)
+
+
+def _constants_as_weights(program: Program) -> Program:
+    """Networks of cores alone, which are outputs of the model, as weights that are shown as they are."""
+    weights, nodes = dict(program.weights), list[Node]()
+    for node in program.nodes:
+        if isinstance(node, Network) and not node.operands:
+            name = f"{node.output.name}.value"
+            weights[name] = evaluate(node).astype(node.dtype)
+            node = Opaque(node.name, "aten.clone.default", (Ref(name),), (), node.value, node.source)
+        nodes.append(node)
+    return replace(program, nodes=tuple(nodes), weights=weights)
 
 
 def _of_placeholders(program: Program) -> onnx_ir.Model:
@@ -174,7 +188,7 @@ def _network_op() -> Any:
 
     def fake(operands: list[torch.Tensor], name: str) -> torch.Tensor:
         value = _values[name]
-        return operands[0].new_empty(value.shape, dtype=value.dtype)
+        return value.new_empty(value.shape)
 
     torch.library.register_fake(f"{DOMAIN}::network", fake, lib=library)
     return torch.ops.tncompile.network.default
@@ -272,7 +286,8 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
     shared = {
         id(array): graph.initializers[name] for name, array in program.weights.items() if name in graph.initializers
     }
-    weights = Weights(shared, {*graph.initializers})
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    weights = Weights(shared, {*graph.initializers, *program.values, *(v.name for v in values if v.name)})
     taken: set[str] = set()
     for node in list(graph):
         if node.domain != DOMAIN:
@@ -328,8 +343,6 @@ def _name_interface(model: onnx_ir.Model, program: Program, traced: TracedModel)
     """The model's own names for inputs, outputs and dimensions."""
     graph = model.graph
     wanted = [public for public, _ in program.outputs]
-    for value, item in zip(graph.inputs, program.inputs, strict=True):  # the exporter renames one that is an output
-        value.name = item.name
     for position, public in enumerate(wanted):
         value = graph.outputs[position]
         again = any(value is v for v in [*graph.inputs, *list(graph.outputs)[:position]])
@@ -338,12 +351,14 @@ def _name_interface(model: onnx_ir.Model, program: Program, traced: TracedModel)
             copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
             graph.append(copy)
             graph.outputs[position] = copy.outputs[0]
-    taken = {v.name for v in graph.inputs}
+    taken = {v.name for v in program.inputs}
     final = {id(v) for v in graph.outputs}
     inner = [v for node in graph for v in node.outputs if id(v) not in final]
     for value in [*inner, *graph.initializers.values()]:
-        if value.name in wanted:
+        if value.name in wanted or value.name in taken:
             value.name = f"{value.name}:inner"
+    for value, given in zip(graph.inputs, program.inputs, strict=True):  # the exporter renames one that is an output
+        value.name = given.name
     for value, public in zip(graph.outputs, wanted, strict=True):
         value.name = public if public not in taken else f"{public}_out"
         taken.add(value.name)

@@ -81,10 +81,13 @@ class _Importer:
         self.symbols: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
         self.lazy: dict[str, torch.fx.Node] = {}  # constant nodes not evaluated (yet)
+        self.reserved: set[str] = set()  # names of values, which weights must not have
+        self.shown: dict[str, str] = {}  # weights shown as outputs, by fx name
 
     def run(self) -> TracedModel:
         graph = self.exported.graph_module.graph
         placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+        self.reserved = {n.name for n in graph.nodes}
         specs = self.exported.graph_signature.input_specs
         self._name_symbols([placeholders[s.arg.name] for s in specs if s.kind == InputKind.USER_INPUT])
         for spec in specs:
@@ -139,8 +142,8 @@ class _Importer:
         if tensor.numel() and key in self.by_storage:  # tied weights stay one
             name = self.by_storage[key]
         else:
-            name = fresh(name, self.weights)
-            self.weights[name] = tensor.contiguous().numpy()
+            name = fresh(f"{name}.weight" if name in self.reserved else name, self.weights)
+            self.weights[name] = tensor.cpu().contiguous().numpy()
             self.by_storage[key] = name
         self.tensors[fx_name] = tensor
         self.weight_of[fx_name] = name
@@ -273,6 +276,10 @@ class _Importer:
         for label, size in [*_labelled(equation, self._shape_of), *zip(equation.output, shape, strict=True)]:
             if size != 1 and sizes.setdefault(label, size) != size:
                 raise NotMultilinear(f"sizes {sizes[label]} and {size} of one mode")
+        for factors in (term.factors for term in equation.terms):
+            for _, labels in factors:
+                if any(labels.count(x) > 1 and isinstance(sizes.get(x), str) for x in labels):
+                    raise NotMultilinear("the diagonal of a dynamic mode")
         indices: dict[Any, Index] = {}
         for label, size in sizes.items():
             name = size if isinstance(size, str) and size.isidentifier() else re.sub(r"\W", "_", str(label)) or "d"
@@ -292,10 +299,10 @@ class _Importer:
     def _term(self, node: torch.fx.Node, product: Product, axes: Any, dtype: str) -> Term:
         tensors = [self._tensor(x, axes(labels, self._shape_of(x)), dtype) for x, labels in product.factors]
         for name, constant, labels in product.constants:
-            data = constant.numpy().astype(dtype)
+            data = _rounded(constant.numpy(), dtype)
             tensors.append(Tensor(name, axes(labels, data.shape), data))
         if product.scale != 1.0:
-            tensors.append(Tensor(f"{node.name}.scale", (), np.asarray(product.scale, dtype)))
+            tensors.append(Tensor(f"{node.name}.scale", (), _rounded(np.asarray(product.scale), dtype)))
         return Term(tuple(tensors))
 
     def _tensor(self, source: Any, axes: tuple[Axis, ...], dtype: str) -> Tensor:
@@ -353,9 +360,10 @@ class _Importer:
                 raise UnsupportedError(f"output {public!r} of the model is not a tensor")
             name = spec.arg.name
             if name not in defined:  # a weight shown as it is
-                tensor = self._constant_output(name)
-                self.nodes.append(tensor)
-                name = tensor.value.name
+                if name not in self.shown:
+                    self.nodes.append(self._constant_output(name))
+                    self.shown[name] = self.nodes[-1].value.name
+                name = self.shown[name]
             outputs.append((public, name))
         return tuple(outputs)
 
@@ -368,6 +376,16 @@ class _Importer:
     def _used_weights(self, outputs: tuple[tuple[str, str], ...]) -> dict[str, Array]:
         used = {name for n in self.nodes if isinstance(n, Opaque) for name in n.inputs}
         return {name: array for name, array in self.weights.items() if name in used}
+
+
+def _rounded(constant: Array, dtype: str) -> Array:
+    """A constant of ours in the network's dtype. NotMultilinear where that would lose it."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.asarray(constant.astype(dtype))
+    tiny = (constant != 0) & (np.abs(rounded) < np.finfo(dtype).tiny)
+    if not np.all(np.isfinite(rounded)) or np.any(tiny):
+        raise NotMultilinear(f"a factor beyond the range of {dtype}")
+    return rounded
 
 
 def _not_empty(tensor: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -41,10 +42,9 @@ def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     import torch
 
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check_archive(archive, path)
-        with path.open("rb") as file, _quiet_and_safe():
-            return torch.export.load(file)
+        clean = _checked_copy(path)
+        with _quiet_and_safe():
+            return torch.export.load(clean)
     except LoadError:
         raise
     except zipfile.BadZipFile as error:
@@ -138,35 +138,69 @@ def _refusal(kind: str) -> str:
     }.get(kind, f"not a model that tncompile can read; {HOW_TO}")
 
 
-def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
-    """Refuse, before torch reads it, what could run code: pickled objects, and sizes that are not arithmetic."""
-    damaged = archive.testzip()
-    if damaged is not None:
-        raise LoadError(f"{path}: corrupted, its part {damaged} fails the checksum; copy or export it again")
-    for name in archive.namelist():
-        if name.endswith("_config.json") and "/data/" in name:
-            for payload in json.loads(archive.read(name)).get("config", {}).values():
-                if not re.match(r"(weight|tensor)_\d+$", str(payload.get("path_name"))):
-                    raise LoadError(
-                        f"{path}: holds a pickled object ({payload.get('path_name')}), which could run code; "
-                        "export a model of tensors only"
-                    )
-        if "/models/" in name and name.endswith(".json"):
-            for expression in _expressions(json.loads(archive.read(name))):
-                if not _is_arithmetic(expression):
-                    raise LoadError(f"{path}: a size in it is not arithmetic ({expression[:60]!r}); refused")
+# the parts of an exported program that hold no code; compiled or pickled parts are not among them
+_PARTS = re.compile(
+    r"archive_format|archive_version|byteorder|version|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt"
+    r"|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+)
+# what a node of the graph may call: operators, arithmetic of sizes, and no reading of files
+_TARGETS = re.compile(
+    r"torch\.ops\.(aten|prims|prim|higher_order)\.(?!from_file)\w+(\.\w+)?"
+    r"|(_operator|operator|math|builtins)\.\w+|torch\.(_?sym_\w+|_check\w*)|\w+"
+)
 
 
-def _expressions(node: Any) -> Iterator[str]:
-    """Every symbolic size in the JSON of an exported program."""
+def _checked_copy(path: Path) -> io.BytesIO:
+    """The archive, read once, checked, and written anew: torch then reads what was checked and nothing else.
+
+    torch's own reader takes compiled libraries and pickled objects from further parts, and finds parts whatever
+    the case of their names; so only known parts pass, each once.
+    """
+    copy = io.BytesIO()
+    seen: set[str] = set()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
+        names = archive.namelist()
+        root = names[0].partition("/")[0] if names else ""
+        for name in names:
+            part = name.removeprefix(f"{root}/")
+            if not _PARTS.fullmatch(part) or name == part or name.lower() in seen:
+                raise LoadError(f"{path}: holds a part that could run code ({name}); export a model of tensors only")
+            seen.add(name.lower())
+            data = archive.read(name)  # checks the checksum
+            if part.endswith(".json"):
+                _check_json(json.loads(data), part, path)
+            checked.writestr(name, data)
+    copy.seek(0)
+    return copy
+
+
+def _check_json(content: Any, part: str, path: Path) -> None:
+    """Refuse pickled payloads, sizes that are not arithmetic, and calls of anything but operators."""
+    if part.endswith("_config.json"):
+        for payload in content.get("config", {}).values():
+            if not re.fullmatch(r"(weight|tensor)_\d+", str(payload.get("path_name"))):
+                raise LoadError(
+                    f"{path}: holds a pickled object ({payload.get('path_name')}), which could run code; "
+                    "export a model of tensors only"
+                )
+    for key, value in _strings(content):
+        if key == "expr_str" and not _is_arithmetic(value):
+            raise LoadError(f"{path}: a size in it is not arithmetic ({value[:60]!r}); refused")
+        if key == "target" and not _TARGETS.fullmatch(value):
+            raise LoadError(f"{path}: calls {value[:60]!r}, which is not an operator of torch; refused")
+
+
+def _strings(node: Any) -> Iterator[tuple[str, str]]:
+    """Every size (``expr_str``) and every node's ``target`` in the JSON of an exported program."""
     if isinstance(node, dict):
         for key, value in node.items():
-            if key == "expr_str":
-                yield str(value)
-            yield from _expressions(value)
+            if key == "expr_str" or (key == "target" and "inputs" in node):
+                yield key, str(value)
+            yield from _strings(value)
     elif isinstance(node, list):
         for item in node:
-            yield from _expressions(item)
+            yield from _strings(item)
 
 
 def _is_arithmetic(expression: str) -> bool:

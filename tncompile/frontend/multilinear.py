@@ -133,6 +133,8 @@ def _single(source: torch.fx.Node, labels: list[Label], output: list[Label], sca
 def _number(value: Any) -> float:
     if isinstance(value, (bool, complex)) or not isinstance(value, (int, float)):
         raise NotMultilinear("a factor that is not a plain number")
+    if not math.isfinite(value):
+        raise NotMultilinear("a factor that is not finite")
     return float(value)
 
 
@@ -262,6 +264,8 @@ def _div(c: Context, a: Any, b: Any, *, rounding_mode: Any = None) -> Equation:
     if rounding_mode is not None or not isinstance(a, torch.fx.Node):
         raise NotMultilinear("a division that rounds, or by a value")
     if not isinstance(b, torch.fx.Node):
+        if _number(b) == 0:
+            raise NotMultilinear("a division by zero")
         return _single(a, _elementwise(a, rank), _labels("d", rank), 1.0 / _number(b))
     if not c.is_constant(b):
         raise NotMultilinear("a division by a value that is not constant")

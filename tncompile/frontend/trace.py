@@ -25,12 +25,15 @@ def trace(
     dynamic where the model allows it and falls back to the example's own shapes where it does not;
     None keeps all shapes fixed.
     """
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
     # torch.export marks the tensors it is given as dynamic, for good: it gets copies
     args, kwargs = torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda t: t.detach().clone(), (tuple(example_inputs), kwargs)
     )
-    automatic = isinstance(dynamic_shapes, str)
+    automatic = isinstance(dynamic_shapes, str) and dynamic_shapes == "batch"
     if automatic:
+        args, kwargs = _doubled((args, kwargs))
         dynamic_shapes = _first_modes(_bound(module, args, kwargs or {}))
     with whole_einsums():
         exported = _export(module, args, kwargs, dynamic_shapes)
@@ -50,6 +53,16 @@ def _first_modes(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _first_modes(v) for k, v in value.items()}
     return None
+
+
+def _doubled(inputs: Any) -> Any:
+    """Inputs of batch 1 twice over: torch.export takes a size of 1 for a fixed one."""
+    tensors = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.ndim]
+    if any(t.shape[0] != 1 for t in tensors):
+        return inputs
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, inputs
+    )
 
 
 def _has_batch(args: Any) -> bool:

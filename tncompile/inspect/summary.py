@@ -175,7 +175,7 @@ def _summary(original: Network, final: Network, decisions: Sequence[str], contex
                 _add(ways[way], cost_of(original, term, tree, context, batch))
         for term in final.terms:
             if not term.is_constant:
-                _add(ways["chosen"], cost_of(final, term, term.order, context, batch))
+                _add(ways["chosen"], cost_of(final, term, None, context, batch))
         costs[batch] = {way: Cost(*numbers) for way, numbers in ways.items()}
     for term in moving:
         dense_parameters += _dense_size(original, term)

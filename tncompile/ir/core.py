@@ -9,6 +9,7 @@ cores.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,8 +118,8 @@ class Term:
     steps: tuple[Step, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.order == ():
-            object.__setattr__(self, "order", left_to_right(range(len(self.tensors))))
+        order = left_to_right(range(len(self.tensors))) if self.order == () else _pairs(self.order)
+        object.__setattr__(self, "order", order)
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
@@ -139,6 +140,13 @@ class Term:
     def indices(self) -> dict[str, Index]:
         """All indices of the term's tensors, by name, in order of first use."""
         return {i.name: i for t in self.tensors for i in t.indices}
+
+
+def _pairs(tree: Tree) -> Tree:
+    """A tree in which every branch is a pair: ``(0, 1, 2)`` is ``((0, 1), 2)``."""
+    if isinstance(tree, int):
+        return tree
+    return functools.reduce(lambda a, b: (a, b), map(_pairs, tree))
 
 
 def left_to_right(positions: Any) -> Tree:

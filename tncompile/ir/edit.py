@@ -11,7 +11,7 @@ import numpy as np
 
 from tncompile.ir import dims
 from tncompile.ir.core import Axis, Index, Network, Program, Tensor, Term, Tree
-from tncompile.ir.evaluate import flatten, merge
+from tncompile.ir.evaluate import merge
 
 
 class CannotEdit(Exception):
@@ -220,17 +220,24 @@ def merged_axes(term: Term, positions: Collection[int], output: Iterable[Index])
     return tuple(i for name, i in found.items() if name in needed)
 
 
-def merge_tensors(term: Term, positions: Collection[int], output: Iterable[Index], dtype: str) -> Term:
+def merge_tensors(
+    term: Term, positions: Collection[int], output: Iterable[Index], dtype: str, shapes_only: bool = False
+) -> Term:
     """Contract some cores of a term into one, which takes the place of the first of them.
 
-    The contraction runs in float64, in the order of the term, and is rounded once.
+    The contraction runs in float64, in the order of the term, and is rounded once. With `shapes_only` nothing
+    is computed: the new core is all zeros and takes no memory.
     """
     chosen = sorted(positions)
     cores = [term.tensors[p] for p in chosen]
     keep = merged_axes(term, chosen, output)
     number = {old: new for new, old in enumerate(chosen)}
     order = drop_tensors(replace(term, steps=None), set(range(len(term.tensors))) - set(chosen)).order
-    data = merge([term.tensors[p] for p in number], order, keep).astype(dtype)
+    if shapes_only:
+        data = np.broadcast_to(np.zeros((), dtype), [int(i.size) for i in keep])
+    else:
+        with np.errstate(over="ignore"):  # a float16 product may not fit: for the caller to see
+            data = merge([term.tensors[p] for p in number], order, keep).astype(dtype)
     core = Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data)
     placed = replace(term, tensors=(*term.tensors[: chosen[0]], core, *term.tensors[chosen[0] + 1 :]), steps=None)
     return drop_tensors(placed, set(chosen[1:]))
@@ -272,8 +279,3 @@ def unique_cores(program: Program) -> Program:
             node = replace(node, terms=tuple(terms))
         nodes.append(node)
     return replace(program, nodes=tuple(nodes))
-
-
-def positions_of(order: Tree) -> tuple[int, ...]:
-    """The tensors an order contracts, from left to right."""
-    return flatten(order)

@@ -34,6 +34,9 @@ def verify(program: Program, stage: Stage = "traced") -> None:
         _define(node.value, defined, node)
     if len({public for public, _ in program.outputs}) < len(program.outputs):
         raise VerificationError("two outputs have the same name")
+    both = sorted(arrays.keys() & defined.keys())
+    if both:
+        raise VerificationError(f"{both[0]!r} names both a weight and a value")
     for public, name in program.outputs:
         if name not in defined:
             raise VerificationError(f"output {public!r} shows {name!r}, which nothing defines")

@@ -1,0 +1,99 @@
+"""Models that are small and awkward: each once went wrong, or is near something that did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import tncompile
+from tncompile.frontend.importer import import_exported
+from tncompile.frontend.trace import trace
+from tncompile.passes import Clean, Context, Fold, MergeCores, Pipeline
+
+
+class Model(torch.nn.Module):
+    """A function with parameters: `self.name` for each keyword."""
+
+    def __init__(self, function: Callable[..., Any], **parameters: torch.Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in parameters.items():
+            setattr(self, name, torch.nn.Parameter(value))
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.function(self, *args)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+functional = torch.nn.functional
+AWKWARD: dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...]]] = {
+    "a scale and a square layer on one operand": (
+        Model(lambda m, x: x * m.s + functional.linear(x, m.w), s=normal(8), w=normal(8, 8)),
+        (normal(3, 8),),
+    ),
+    "an operand and its transpose": (Model(lambda m, x: 0.5 * x + 0.25 * x.mT), (normal(3, 8, 8),)),
+    "a parameter named like the input": (Model(lambda m, x: x @ m.x, x=normal(8, 4)), (normal(3, 8),)),
+    "that parameter in an opaque node": (Model(lambda m, x: torch.maximum(x, m.x), x=normal(8)), (normal(3, 8),)),
+    "a parameter named like an operation": (
+        Model(lambda m, x: torch.relu(x) @ m.relu, relu=normal(8, 8)),
+        (normal(3, 8),),
+    ),
+    "inputs that are outputs": (Model(lambda m, x: (x, x, x.relu())), (normal(3, 8),)),
+    "weights that are outputs": (Model(lambda m, x: (x @ m.w, m.w, m.w), w=normal(8, 8)), (normal(3, 8),)),
+    "a constant output": (
+        Model(lambda m, x: (torch.relu(x @ m.a), m.a @ m.b), a=normal(8, 8), b=normal(8, 8)),
+        (normal(3, 8),),
+    ),
+    "a dynamic diagonal": (Model(lambda m, x: torch.diagonal(x, dim1=1, dim2=2)), (normal(3, 8, 8),)),
+    "a division by zero": (Model(lambda m, x: (x.abs() + 1) / 0.0), (normal(3, 8),)),
+    "a batch of one": (Model(lambda m, x: x @ m.w, w=normal(8, 4)), (normal(1, 8),)),
+    "cores that share no bond": (
+        Model(lambda m, x: torch.einsum("bij,ik,jl->bkl", x, m.a, m.b), a=normal(8, 8), b=normal(8, 8)),
+        (normal(3, 8, 8),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_compiles_and_computes_the_same(name: str) -> None:
+    module, inputs = AWKWARD[name]
+    compiled = tncompile.compile(module.eval(), inputs)
+    assert [v.name for v in compiled.program.inputs] == [
+        i.name for i in onnx.load_model_from_string(compiled.onnx).graph.input
+    ]
+    fresh = tuple(normal(5, *x.shape[1:]) for x in inputs)
+    expected = module.double()(*(x.double() for x in fresh))
+    found = compiled.run(*fresh)
+    pairs = zip(expected, found.values(), strict=True) if isinstance(expected, tuple) else [(expected, found)]
+    for wanted, got in pairs:
+        torch.testing.assert_close(torch.from_numpy(got).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_and_sums_of_layers_become_one_layer() -> None:
+    w, a, b, c = normal(32, 32), normal(32, 4), normal(4, 32), normal(32, 16)
+    lora = Model(lambda m, x: x @ m.w + (x @ m.a) @ m.b, w=w, a=a, b=b)
+    both = Model(lambda m, x: x @ m.c @ m.d + x @ m.e @ m.f, c=c, d=c.T.clone(), e=c + 1, f=c.T.clone() - 1)
+    for module in (lora, both):
+        compiled = tncompile.compile(module.eval(), (normal(3, 32),))
+        assert [n.op_type for n in onnx.load_model_from_string(compiled.onnx).graph.node] == ["MatMul"]
+
+
+def test_a_float16_product_that_does_not_fit_is_not_merged() -> None:
+    large = Model(lambda m, x: x @ m.a @ m.b, a=normal(64, 16) * 900, b=normal(16, 64) * 900).half()
+    traced = import_exported(trace(large.eval(), (normal(3, 64).half(),)))
+    for scheduled in (False, True):
+        program, _ = Pipeline((Clean(), Fold(), MergeCores()), scheduled).run(traced.program, Context())
+        assert all(np.isfinite(c.data).all() for n in program.networks for c in n.cores if c.data is not None)
+
+
+def test_a_pipeline_without_order_is_completed() -> None:
+    compiled = tncompile.compile(torch.nn.Linear(8, 4).eval(), normal(3, 8), passes=(Clean(),))
+    assert [p.name for p in compiled.report.passes] == ["clean", "order"]
