@@ -1,0 +1,1 @@
+"""Measuring tncompile beside the other ways to run the same model."""

@@ -1,0 +1,133 @@
+"""Fair timing of several ways to do the same thing.
+
+Everything that is compared runs in one process and takes turns: one *round* gives each entrant a
+block of calls, in a new order every time, so that a machine that slows down for a second slows all
+of them. What is reported are medians over the rounds, and ratios as the median of the ratios within
+a round.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Thread pools of PyTorch and ONNX Runtime keep spinning for a moment after a call; a pause this
+#: long lets them fall asleep, so that an entrant does not pay for the one before it.
+PAUSE_S = 0.003
+
+#: The rounds of a race, and of one that runs out of time.
+ROUNDS, MIN_ROUNDS = 150, 30
+
+
+@dataclass(frozen=True)
+class Race:
+    """Milliseconds a call, by entrant: one sample a round."""
+
+    samples: Mapping[str, NDArray[np.float64]]
+
+    def median(self, name: str) -> float:
+        """The median time of a call, in ms."""
+        return float(np.median(self.samples[name]))
+
+    def fastest(self) -> str:
+        """The entrant with the lowest median."""
+        return min(self.samples, key=self.median)
+
+    def ratio(self, name: str, other: str) -> float:
+        """How long ``name`` takes against ``other`` in the same round: the median of the ratios."""
+        return float(np.median(self.samples[name] / self.samples[other]))
+
+    def without(self, *names: str) -> Race:
+        """The race of all the others."""
+        return Race({key: value for key, value in self.samples.items() if key not in names})
+
+
+def race(
+    entrants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = ROUNDS,
+    block_ms: float = 2.0,
+    budget_s: float = 10.0,
+    seed: int = 0,
+) -> Race:
+    """Time the entrants against each other for ``rounds`` rounds, or until ``budget_s`` is spent.
+
+    A block is as many calls as take ``block_ms``, at least one, after one call that is not timed
+    and brings the entrant's weights back into the caches. Many short blocks are worth more than few
+    long ones: what else the machine does then spoils whole rounds, which the medians pass over.
+    """
+    calls = {name: _calls_for(call, block_ms) for name, call in entrants.items()}
+    samples: dict[str, list[float]] = {name: [] for name in entrants}
+    order = list(entrants)
+    shuffle = random.Random(seed).shuffle
+    end = time.perf_counter() + budget_s
+    with _no_garbage_collection():
+        for turn in range(rounds):
+            if turn >= MIN_ROUNDS and time.perf_counter() > end:
+                break
+            shuffle(order)
+            for name in order:
+                time.sleep(PAUSE_S)
+                entrants[name]()
+                samples[name].append(_time_ms(entrants[name], calls[name]))
+    return Race({name: np.array(times) for name, times in samples.items()})
+
+
+def _calls_for(call: Callable[[], object], block_ms: float) -> int:
+    """How many calls fill a block; the best of three, as one may be held up by something else."""
+    call()
+    calls = 1
+    while (block := min(_time_ms(call, calls) for _ in range(3)) * calls) < block_ms:
+        calls = max(calls + 1, min(10 * calls, round(calls * block_ms / max(block, 1e-3))))
+    return calls
+
+
+def _time_ms(call: Callable[[], object], calls: int) -> float:
+    """The mean time of one call out of ``calls`` in a row, in ms."""
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter_ns() - start) / calls / 1e6
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def machine(*packages: str) -> str:
+    """One line on what the numbers were taken on: processor, cores, Python and ``packages``."""
+    versions = [f"Python {platform.python_version()}"]
+    for package in packages:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return f"{_processor()}, {os.cpu_count()} cores; {', '.join(versions)}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
