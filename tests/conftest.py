@@ -1,0 +1,30 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the expected part of tests/passes/golden")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether expected texts are to be rewritten, not compared."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many random networks were compared: none may be left out in silence."""
+    counts: dict[str, int] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", []):
+                if name.startswith("networks ") and getattr(report, "when", "") == "call":
+                    counts[name] = counts.get(name, 0) + int(value)
+    if counts:
+        line = ", ".join(f"{value} {name.removeprefix('networks ')}" for name, value in counts.items())
+        terminalreporter.write_line(f"random networks: {line}")
