@@ -13,7 +13,7 @@ from tncompile.errors import SourceRef
 from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Tensor, Term
 from tncompile.ir.core import left_to_right
 from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, unique_cores
-from tncompile.ir.evaluate import contract, einsum, evaluate, labelled, merge
+from tncompile.ir.evaluate import einsum, evaluate, evaluate_term, merge
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.clean import rename_inputs
 
@@ -220,16 +220,11 @@ def _bias(network: Network, constants: Sequence[Term]) -> Term:
 
 
 def _aligned(term: Term, keep: Sequence[Index]) -> Array:
-    parts = []
-    for core in term.tensors:
-        array, names = labelled(core)
-        parts.append((array.reshape([int(i.size) for i in core.indices]), names))
-    kept = tuple(i.name for i in keep)
+    """A term of cores with one axis for each index of `keep`, of size 1 where it lacks the index."""
     sizes = {name: int(i.size) for name, i in term.indices.items()}
-    order = optimal([names for _, names in parts], tuple(n for n in kept if n in sizes), sizes)
-    result, names = contract(parts, order, kept)
-    present = [i.name for i in keep if i.name in names]
-    return einsum([(result, names)], present).reshape([int(i.size) if i.name in names else 1 for i in keep])
+    inputs = [tuple(dict.fromkeys(i.name for i in core.indices)) for core in term.tensors]
+    order = optimal(inputs, tuple(i.name for i in keep if i.name in sizes), sizes)
+    return evaluate_term(replace(term, order=order), keep, {}, lambda index: int(index.size))
 
 
 def merge_like_terms(network: Network, terms: list[Term], changes: list[Change]) -> list[Term]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tncompile import __version__
 from tncompile.errors import LoadError, OutputError, TNCompileError
+from tncompile.runtime.files import check_writable, write_file
 
 if TYPE_CHECKING:
     from tncompile.ir import Array, Program
@@ -165,10 +166,10 @@ def _compile(options: argparse.Namespace) -> int:
             examples=[_load_example(path) for path in options.example],
             progress=progress,
         )
-        compiler.write_file(output, compiled.onnx)
+        write_file(output, compiled.onnx)
         if report is not None:
             text = json.dumps({**compiled.report.to_dict(), "output": str(output)}, indent=1, ensure_ascii=False)
-            compiler.write_file(report, (text + "\n").encode())
+            write_file(report, (text + "\n").encode())
     if not options.quiet:
         console = _console(sys.stdout)
         for part in compiled.report.render():
@@ -250,16 +251,10 @@ def _passes(options: argparse.Namespace) -> Any:
 def _check_paths(model: Path, output: Path, report: Path | None) -> None:
     """Say what is wrong with the paths before any work is done."""
     for path in (output, report):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise OutputError(f"{path}: is a directory; give the name of the file to write")
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: the directory {path.parent} does not exist; make it first")
-        if not os.access(path.parent, os.W_OK):
-            raise OutputError(f"{path}: the directory {path.parent} is not writable")
-        if path.exists() and model.exists() and path.samefile(model):
-            raise OutputError(f"{path}: is the model itself; write to another file")
+        if path is not None:
+            check_writable(path)
+            if path.exists() and model.exists() and path.samefile(model):
+                raise OutputError(f"{path}: is the model itself; write to another file")
     if report is not None and report.absolute() == output.absolute():
         raise OutputError(f"{report}: the report would overwrite the output; give it another name")
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 
 from tncompile import __version__
 from tncompile.emit.program import to_onnx
-from tncompile.errors import CheckError, OutputError, TNCompileError, UnsupportedError
+from tncompile.errors import CheckError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.load import load_exported
 from tncompile.frontend.trace import trace
@@ -26,6 +24,7 @@ from tncompile.inspect.summary import Report, summarize
 from tncompile.ir import Array, Opaque, Program
 from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
 from tncompile.runtime.check import CheckReport, check
+from tncompile.runtime.files import write_file
 from tncompile.runtime.session import Session
 
 DEFAULT_BATCH = (1, 32)
@@ -231,41 +230,6 @@ def to_bytes(program: Program, traced: TracedModel) -> bytes:
     return data
 
 
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that it appears whole or not at all, and an old one stays until then."""
-    path = Path(path)
-    check_writable(path)
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode is for private files
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
-        raise
-
-
-def check_writable(path: Path) -> None:
-    """OutputError, before any work is done, for a path that cannot become a file."""
-    parent = path.parent
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; give the name of the file to write")
-    if not parent.is_dir():
-        raise OutputError(f"{path}: the directory {parent} does not exist; make it first")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{path}: the directory {parent} is not writable")
-
-
 __all__ = [
     "CompiledModel",
     "check_session",
@@ -275,5 +239,4 @@ __all__ = [
     "import_file",
     "run_passes",
     "to_bytes",
-    "write_file",
 ]

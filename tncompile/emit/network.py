@@ -10,7 +10,7 @@ import onnx_ir as onnx
 from tncompile.cost.schedule import classify, reduced_layout
 from tncompile.emit.graph import GraphWriter, Group, Groups, Laid, Weights
 from tncompile.ir import Array, Network, Step, Tensor, Term
-from tncompile.ir.evaluate import contract, einsum, labelled
+from tncompile.ir.evaluate import evaluate_term, merge
 
 Side = Laid | Tensor  # a run-time array, or a core whose order is still free
 
@@ -55,24 +55,15 @@ class _Lowering:
 
     def _term_array(self, term: Term, order: Group) -> Array:
         """A term of cores with one axis for each index of `order`, of size 1 where it lacks the index."""
-        parts = [self._reduced(t, None) for t in term.tensors]
-        array, names = contract(parts, term.order, {*order})
-        present = [n for n in order if n in names]
-        sizes = [int(self.write.sizes[n]) if n in names else 1 for n in order]
-        return einsum([(array, names)], present).reshape(sizes)
-
-    def _reduced(self, core: Tensor, layout: Group | None) -> tuple[Array, Group]:
-        array, names = labelled(core)
-        array = array.reshape([int(i.size) for i in core.indices])
-        return (array, names) if layout is None else (einsum([(array, names)], layout), layout)
+        indices = [self.network.indices[name] for name in order]
+        return evaluate_term(term, indices, {}, lambda index: int(index.size))
 
     def _reduced_core(self, core: Tensor, layout: Group) -> Tensor:
         """A core without repeated indices and without those that only it has."""
         if tuple(i.name for i in core.indices) == layout:
             return core
-        array, names = self._reduced(core, layout)
-        indices = self.network.indices
-        return Tensor(core.name, tuple((indices[n],) for n in names), array.astype(self.network.dtype))
+        kept = tuple(self.network.indices[name] for name in layout)
+        return Tensor(core.name, tuple((i,) for i in kept), merge([core], 0, kept).astype(self.network.dtype))
 
     def _per_channel(self, term: Term, biases: Sequence[Term]) -> Laid | None:
         """``x[b, c, ..] s[c] + t[c]``, what a BatchNorm is that nothing could take in: one node does it."""

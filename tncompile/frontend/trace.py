@@ -60,9 +60,7 @@ def _doubled(inputs: Any) -> Any:
     tensors = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.ndim]
     if any(t.shape[0] != 1 for t in tensors):
         return inputs
-    return torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, inputs
-    )
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t, t]) if t.ndim else t, inputs)
 
 
 def _has_batch(args: Any) -> bool:

@@ -1,0 +1,69 @@
+"""The last touches on an ONNX model: the model's own names, and nothing that only the exporter needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir
+from onnx_ir.passes import common as onnx_passes
+
+from tncompile.frontend.importer import TracedModel
+from tncompile.ir import Program
+from tncompile.ir import text as ir_text
+
+
+def name_interface(model: onnx_ir.Model, program: Program, traced: TracedModel) -> None:
+    """The model's own names for inputs, outputs and dimensions."""
+    graph = model.graph
+    wanted = [public for public, _ in program.outputs]
+    for position, public in enumerate(wanted):
+        value = graph.outputs[position]
+        again = any(value is v for v in [*graph.inputs, *list(graph.outputs)[:position]])
+        if again or value.is_initializer():  # one value under two names, or an input shown as it is
+            copy = onnx_ir.node("Identity", [value], name=f"output/{public}")
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            graph.append(copy)
+            graph.outputs[position] = copy.outputs[0]
+    taken = {v.name for v in program.inputs}
+    final = {id(v) for v in graph.outputs}
+    inner = [v for node in graph for v in node.outputs if id(v) not in final]
+    for value in [*inner, *graph.initializers.values()]:
+        if value.name in wanted or value.name in taken:
+            value.name = f"{value.name}:inner"
+    for value, given in zip(graph.inputs, program.inputs, strict=True):  # the exporter renames one that is an output
+        value.name = given.name
+    for value, public in zip(graph.outputs, wanted, strict=True):
+        value.name = public if public not in taken else f"{public}_out"
+        taken.add(value.name)
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([_rename_dim(d, traced.symbols) for d in value.shape])
+
+
+def _rename_dim(dim: Any, symbols: Any) -> Any:
+    if isinstance(dim, int):
+        return dim
+    text = str(dim.value) if isinstance(dim, onnx_ir.SymbolicDim) else str(dim)
+    return symbols.get(text, text)
+
+
+def finish(model: onnx_ir.Model, program: Program) -> onnx_ir.Model:
+    """Drop what only the exporter needed, say who made the file, and embed the program's text."""
+    for node in model.graph.all_nodes():
+        for key in [k for k in node.metadata_props if not k.startswith("tncompile.")]:
+            del node.metadata_props[key]
+    for value in [*model.graph.inputs, *model.graph.outputs, *(o for n in model.graph for o in n.outputs)]:
+        value.metadata_props.clear()
+    onnx_passes.DeduplicateInitializersPass()(model)
+    onnx_passes.RemoveUnusedNodesPass()(model)
+    onnx_passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    onnx_passes.RemoveUnusedOpsetsPass()(model)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        value.doc_string = None
+    model.graph.name = "main"
+    model.producer_name = "tncompile"
+    model.producer_version = None
+    model.doc_string = None
+    model.metadata_props.clear()
+    model.metadata_props["tncompile.program"] = ir_text.dump(program)
+    return model

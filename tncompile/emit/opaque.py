@@ -1,0 +1,214 @@
+"""Opaque nodes through torch's own ONNX exporter.
+
+The program becomes a torch.export graph again, with one custom operator in the place of each network; what the
+exporter makes of that operator is one placeholder node of a domain of our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import onnx
+import onnx_ir
+import onnxscript
+import torch
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+
+from tncompile.errors import SourceRef, UnsupportedError
+from tncompile.frontend.importer import TracedModel
+from tncompile.ir import Arg, Constant, Network, Opaque, Program, Ref
+
+OPSET = 20
+DOMAIN = "tncompile"
+_values: dict[str, torch.Tensor] = {}  # what each network's value looks like, while a program is exported
+
+
+def export(program: Program, traced: TracedModel) -> onnx_ir.Model:
+    """What torch's exporter makes of a program, with a placeholder node for each network."""
+    exported = to_exported(program, traced)
+    try:
+        with _silent():
+            converted = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table={_network_op(): _placeholder()},
+            )
+    except Exception as error:
+        raise _explain(error, program) from error
+    finally:
+        _values.clear()
+    assert converted is not None
+    return converted.model
+
+
+def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedProgram:
+    """The program as a torch.export graph, one `tncompile::network` call for each network."""
+    meta = {n.name: n.meta for n in traced.exported.graph_module.graph.nodes}
+    mode = _fake_mode(traced.exported)
+    graph = torch.fx.Graph()
+    env: dict[str, torch.fx.Node] = {}
+    inputs: list[InputSpec] = []
+    state: dict[str, torch.Tensor] = {}
+    for number, (name, array) in enumerate(program.weights.items()):
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        node = graph.placeholder(f"weight_{number}")
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+        env[name] = node
+        state[name] = tensor
+        inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True))
+    for value in program.inputs:
+        node = graph.placeholder(value.name)
+        node.meta = dict(meta[value.name])
+        env[value.name] = node
+        inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
+    for item in program.nodes:
+        if isinstance(item, Network):
+            _values[item.output.name] = meta[item.output.name]["val"]
+            args: Any = ([env[name] for name in item.inputs], item.output.name)
+            node = graph.create_node("call_function", _network_op(), args, {}, item.output.name)
+        else:
+            args = tuple(_fx_arg(a, env) for a in item.args)
+            kwargs = {k: _fx_arg(v, env) for k, v in item.kwargs}
+            node = graph.create_node("call_function", _target(item.target), args, kwargs, item.output.name)
+        node.meta = dict(meta.get(item.value.name) or _meta_of_weight(item, env))
+        env[item.value.name] = node
+    outputs = [env[name] for _, name in program.outputs]
+    graph.output(tuple(outputs))
+    specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs]
+    module = torch.fx.GraphModule({}, graph)
+    return torch.export.ExportedProgram(
+        module,
+        graph,
+        ExportGraphSignature(inputs, specs),
+        state,
+        traced.exported.range_constraints,
+        traced.exported.module_call_graph,
+        traced.exported.example_inputs,
+        {},
+    )
+
+
+def _fake_mode(exported: torch.export.ExportedProgram) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    for node in exported.graph_module.graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    return FakeTensorMode()
+
+
+def _meta_of_weight(item: Opaque | Network, env: dict[str, torch.fx.Node]) -> dict[str, Any]:
+    """The meta of a weight that is shown as an output."""
+    return {"val": env[item.inputs[0]].meta["val"]}
+
+
+@cache
+def _network_op() -> Any:
+    library = torch.library.Library(DOMAIN, "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define("network(Tensor[] operands, str name) -> Tensor")  # type: ignore[no-untyped-call]
+    _keep.append(library)
+
+    def fake(operands: list[torch.Tensor], name: str) -> torch.Tensor:
+        value = _values[name]
+        return value.new_empty(value.shape)
+
+    torch.library.register_fake(f"{DOMAIN}::network", fake, lib=library)
+    return torch.ops.tncompile.network.default
+
+
+_keep: list[Any] = []  # a torch library unregisters its operators when it is collected
+
+
+@cache
+def _placeholder() -> Callable[..., Any]:
+    """What the exporter puts in the place of a network: one node of a domain of our own."""
+    schema = onnx.defs.OpSchema
+    operands = schema.FormalParameter(
+        "operands", "T", param_option=schema.FormalParameterOption.Variadic, is_homogeneous=True, min_arity=0
+    )
+    onnx.defs.register_schema(
+        schema(
+            "Network",
+            DOMAIN,
+            1,
+            inputs=[operands],
+            outputs=[schema.FormalParameter("output", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(double)", "tensor(float16)"], "")],
+            attributes=[schema.Attribute("plan", schema.AttrType.STRING, "")],
+        )
+    )
+    opset = onnxscript.values.Opset(DOMAIN, 1)
+
+    def translate(operands: Any, name: str) -> Any:
+        return opset.Network(*operands, plan=name)
+
+    return translate
+
+
+def _fx_arg(arg: Arg, env: dict[str, torch.fx.Node]) -> Any:
+    if isinstance(arg, Ref):
+        return env[arg.name]
+    if isinstance(arg, Constant):
+        return _constant(arg.spelling)
+    return [_fx_arg(a, env) for a in arg] if isinstance(arg, tuple) else arg
+
+
+def _constant(spelling: str) -> Any:
+    if spelling.startswith("torch.device("):
+        return torch.device(spelling.removeprefix("torch.device('").removesuffix("')"))
+    return getattr(torch, spelling.removeprefix("torch."))
+
+
+def _target(name: str) -> Any:
+    head, _, rest = name.partition(".")
+    if head == "operator":
+        for module in (operator, torch, math):
+            if hasattr(module, rest):
+                return getattr(module, rest)
+        raise UnsupportedError(f"{rest} in the traced graph cannot be exported")
+    packet, overload = rest.rsplit(".", 1)
+    return getattr(getattr(getattr(torch.ops, head), packet), overload)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The exporter prints and warns about what users of tncompile cannot change."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _explain(error: Exception, program: Program) -> UnsupportedError:
+    """Name the operator and the user's line, which the exporter's error holds deep inside."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    for item in program.nodes:
+        if isinstance(item, Opaque) and any(f"%{item.output.name} " in text for text in chain):
+            return UnsupportedError(f"torch's ONNX exporter cannot translate {item.target}", item.source)
+    first = next((line for text in reversed(chain) for line in text.splitlines() if line.strip()), "")
+    return UnsupportedError(f"torch's ONNX exporter failed: {first[:300]}", SourceRef())
