@@ -215,7 +215,7 @@ def _bias(network: Network, constants: Sequence[Term]) -> Term:
         f"{network.output.name}.bias",
     )
     name = name if len(constants) == 1 or name.endswith(".folded") else f"{name}.folded"
-    core = Tensor(name, tuple((i,) for i in keep), np.ascontiguousarray(total).astype(network.dtype))
+    core = Tensor(name, tuple((i,) for i in keep), np.array(total, network.dtype, order="C"))
     return Term((core,))
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, VerificationError
 from tncompile.ir import Program, verify
 from tncompile.passes.base import Context, Pass, PassReport
 from tncompile.passes.clean import Clean
@@ -45,7 +45,10 @@ class Pipeline:
         for step in passes:
             start = time.perf_counter()
             program, changes = step.run(program, context)
-            verify(program, "scheduled" if isinstance(step, Order) else "traced")
+            try:
+                verify(program, "scheduled" if isinstance(step, Order) else "traced")
+            except VerificationError as error:
+                raise VerificationError(f"the pass {step.name()} left a broken program: {error}") from error
             reports.append(PassReport(step.name(), tuple(changes), time.perf_counter() - start))
             progress(step.name(), program)
         return program, tuple(reports)
