@@ -439,7 +439,7 @@ def test_unique_cores_gives_every_array_one_name() -> None:
         verify(program)
     unique = edit.unique_cores(program)
     verify(unique)
-    assert [[t.name for t in n.cores] for n in unique.networks] == [["w", "w_1"], ["w_1", "w1", "w"], ["c"]]
+    assert [[t.name for t in n.cores] for n in unique.networks] == [["w", "w.2"], ["w.2", "w.3", "w"], ["c"]]
     assert edit.unique_cores(unique) == unique
 
 

@@ -257,6 +257,11 @@ def _factors_of(name: str) -> list[str]:
     return [first, *(r if "." in r or not stem else f"{stem}.{r}" for r in rest)]
 
 
+def _numbered(name: str, taken: Collection[str]) -> str:
+    """``name.2``, ``name.3``, ...: the first that is new."""
+    return next(n for k in itertools.count(2) if (n := f"{name}.{k}") not in taken)
+
+
 def unique_cores(program: Program) -> Program:
     """Rename cores so that one name means one array, as the verifier demands."""
     owner: dict[str, object] = dict(program.weights)
@@ -269,7 +274,7 @@ def unique_cores(program: Program) -> Program:
                 tensors = []
                 for t in term.tensors:
                     if t.data is not None and owner.setdefault(t.name, t.data) is not t.data:
-                        name = by_id.get(id(t.data)) or fresh(f"{t.name}.2", owner)
+                        name = by_id.get(id(t.data)) or _numbered(t.name, owner)
                         owner[name] = t.data
                         t = replace(t, name=name)
                     if t.data is not None:
