@@ -224,8 +224,8 @@ def _best_of(candidates: Sequence[Candidate], label: str) -> Candidate | None:
 
 
 def _short(name: str) -> str:
-    """``factor_0*factor_1`` for ``fc.factor_0*factor_1``."""
-    return "*".join(part.rpartition(".")[2] for part in name.split("*"))
+    """``factor_0*factor_1`` for ``fc.factor_0*factor_1``; of a name that is cut short, the dots stay."""
+    return "*".join("..." if part.startswith("...") else part.rpartition(".")[2] for part in name.split("*"))
 
 
 def _explain(

@@ -104,7 +104,7 @@ class TreeSearch:
         cores = tuple(p for p, core in enumerate(self.core) if core)
         return self._with_groups([cores] if cores else [], "flops")
 
-    def merges(self, keep: int = 40, limit: int = 2048) -> tuple[list[Tree], bool]:
+    def merges(self, keep: int = 64, limit: int = 2048) -> tuple[list[Tree], bool]:
         """Ways to merge connected cores at compile time, each with cotengra's best order of the rest.
 
         Of at most `limit` ways, the `keep` with the lowest bound: all cores that are left are read, in one step

@@ -450,7 +450,7 @@ def _batch_norm(c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any,
     if bias is not None:
         shift = shift + c.constant(bias).double()
     labels = _labels("d", _rank(x))
-    prefix = mean.name
+    prefix = mean.name.removeprefix("b_").removesuffix("_running_mean")
     return Equation(
         [
             Product([(x, labels)], constants=[(f"{prefix}.scale", scale, [labels[1]])]),
