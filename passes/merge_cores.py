@@ -42,26 +42,23 @@ class MergeCores(Pass):
         return unique_cores(replace(program, nodes=tuple(nodes))), changes
 
     def _merge(self, network: Network, term: Term, changes: list[Change]) -> Term:
-        refused: set[tuple[int, ...]] = set()
+        overflowing: set[tuple[int, int]] = set()
         while True:
-            found = [
-                (gain, pair)
-                for pair in self._pairs(term)
-                if pair not in refused and (gain := self._gain(network, term, pair)) is not None
-            ]
+            verdicts = {pair: self._weigh(network, term, pair) for pair in self._pairs(term)}
+            found = [(v, pair) for pair, v in verdicts.items() if isinstance(v, int) and pair not in overflowing]
             if not found:
-                self._explain(network, term, changes)
+                for (a, b), verdict in verdicts.items():
+                    reason = verdict if isinstance(verdict, str) else f"the product does not fit into {network.dtype}"
+                    what = f"{term.tensors[a].name} and {term.tensors[b].name} are not merged"
+                    changes.append(Change(network.output.name, what, reason, declined=True))
                 return term
             gain, pair = max(found, key=lambda item: (item[0], [-p for p in item[1]]))
-            a, b = (term.tensors[p].name for p in pair)
             merged = merge_tensors(term, pair, network.output.indices, network.dtype)
             if not all(np.isfinite(c.data).all() for c in merged.cores if c.data is not None):
-                refused.add(pair)
-                why = f"the product does not fit into {network.dtype}"
-                what = f"{a} and {b} are not merged"
-                changes.append(Change(network.output.name, what, why, declined=True))
+                overflowing.add(pair)
                 continue
-            term, refused = merged, set()
+            a, b = (term.tensors[p].name for p in pair)
+            term, overflowing = merged, set()
             why = f"{gain} elements fewer" if gain else "no more elements than before"
             changes.append(Change(network.output.name, f"{a} and {b} are one core", why))
 
@@ -71,24 +68,15 @@ class MergeCores(Pass):
         names = {p: {i.name for i in term.tensors[p].indices} for p in cores}
         return [(a, b) for a, b in combinations(cores, 2) if names[a] & names[b] or not names[a] or not names[b]]
 
-    def _gain(self, network: Network, term: Term, pair: tuple[int, int]) -> int | None:
-        """Elements saved by a merge; None where it must not or need not be done."""
+    def _weigh(self, network: Network, term: Term, pair: tuple[int, int]) -> int | str:
+        """The elements that a merge saves, or why it must not or need not be done."""
         a, b = ({i.name for i in term.tensors[p].indices} for p in pair)
         kept = merged_axes(term, pair, network.output.indices)
-        names = {i.name for i in kept}
-        if not (a <= b or b <= a) and a & b & names & {i.name for t in term.operands for i in t.indices}:
-            return None
-        gain = sum(_elements(term, p) for p in pair) - math.prod(int(i.size) for i in kept)
-        return gain if gain >= 0 else None
-
-    def _explain(self, network: Network, term: Term, changes: list[Change]) -> None:
-        for pair in self._pairs(term):
-            a, b = (term.tensors[p] for p in pair)
-            size = math.prod(int(i.size) for i in merged_axes(term, pair, network.output.indices))
-            both = sum(_elements(term, p) for p in pair)
-            if size > both:
-                why = f"{size} elements instead of {both}; left to order"
-                changes.append(Change(network.output.name, f"{a.name} and {b.name} are not merged", why, declined=True))
+        modes = a & b & {i.name for i in kept} & {i.name for t in term.operands for i in t.indices}
+        if modes and not (a <= b or b <= a):
+            return f"both have the mode {', '.join(sorted(modes))} of an operand; left to order"
+        size, both = math.prod(int(i.size) for i in kept), sum(_elements(term, p) for p in pair)
+        return both - size if size <= both else f"{size} elements instead of {both}; left to order"
 
 
 def _elements(term: Term, position: int) -> int:

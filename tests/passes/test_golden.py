@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers import apply_pass, program_of
 from tncompile.ir import text as ir_text
-from tncompile.passes import Pass, parse_passes
+from tncompile.passes import Change, Pass, parse_passes
 from tncompile.passes.pipeline import PASSES
 
 FOLDER = Path(__file__).parent / "golden"
@@ -67,15 +67,17 @@ def test_golden(path: Path, update_golden: bool) -> None:
     program = program_of(case.before, **{name: float(value) for name, value in fill.items()})
     after, changes = apply_pass(case.step, program, tolerance=float(case.options["tolerance"]))
     text = ir_text.dump(after).strip()
-    # `order` explains itself in predicted times, which are the cost model's and not the pass's
-    report = "\n".join(
-        f"{'-' if c.declined else '+'} {c.network}: {c.what}" + f" ({c.why})" * bool(c.why and c.what[:5] != "order")
-        for c in changes
-    )
+    report = "\n".join(_line(c, why=case.step.name() != "order") for c in changes)
     if update_golden:
         case.write(path, text, report)
     assert text == (Case.read(path) if update_golden else case).after
     assert report == (Case.read(path) if update_golden else case).report
+
+
+def _line(change: Change, why: bool) -> str:
+    """A line of the report; the reasons of `order` are predicted times, which are the cost model's."""
+    sign = "-" if change.declined else "+"
+    return f"{sign} {change.network}: {change.what}{f' ({change.why})' if change.why and why else ''}"
 
 
 def test_every_pass_has_golden_files() -> None:
