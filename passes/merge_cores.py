@@ -47,9 +47,9 @@ class MergeCores(Pass):
             verdicts = {pair: self._weigh(network, term, pair) for pair in self._pairs(term)}
             found = [(v, pair) for pair, v in verdicts.items() if isinstance(v, int) and pair not in overflowing]
             if not found:
-                for (a, b), verdict in verdicts.items():
+                for pair, verdict in verdicts.items():
                     reason = verdict if isinstance(verdict, str) else f"the product does not fit into {network.dtype}"
-                    what = f"{term.tensors[a].name} and {term.tensors[b].name} are not merged"
+                    what = f"{term.tensors[pair[0]].name} and {term.tensors[pair[1]].name} are not merged"
                     changes.append(Change(network.output.name, what, reason, declined=True))
                 return term
             gain, pair = max(found, key=lambda item: (item[0], [-p for p in item[1]]))
