@@ -225,7 +225,7 @@ def _program(options: argparse.Namespace) -> Program:
 
         return program_of(path)
     from tncompile import compiler
-    from tncompile.passes import DEFAULT, Context
+    from tncompile.passes import DEFAULT
 
     passes = _passes(options) or DEFAULT
     names = [p.name() for p in passes]
@@ -235,7 +235,7 @@ def _program(options: argparse.Namespace) -> Program:
     if options.after is None:
         return traced.program
     last = len(names) - names[::-1].index(options.after)
-    context = Context(options.batch, {**traced.sizes, **dict(options.dim)})
+    context = compiler.planning_context(traced, options.batch, dict(options.dim))
     stages, _ = compiler.run_passes(traced, context, passes[:last], scheduled=False)
     return stages[options.after]
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from tncompile import __version__
 from tncompile.emit.program import to_onnx
-from tncompile.errors import CheckError, TNCompileError, UnsupportedError
+from tncompile.errors import CheckError, TNCompileError, UnsupportedError, VerificationError
 from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.load import load_exported
 from tncompile.frontend.trace import trace
@@ -35,7 +35,7 @@ def _no_progress(message: str) -> None:
     pass
 
 
-@dataclass
+@dataclass(repr=False)
 class CompiledModel:
     """A compiled model: the ONNX file's bytes, and everything that led to it.
 
@@ -47,7 +47,12 @@ class CompiledModel:
     report: Report
     traced: TracedModel
     stages: Mapping[str, Program]
-    _session: Session | None = field(default=None, repr=False)
+    _session: Session | None = None
+
+    def __repr__(self) -> str:
+        count = len(self.report.networks)
+        checked = f"checked: {self.report.check}" if self.report.check else "not checked"
+        return f"<CompiledModel: {count} network{'s' * (count != 1)}, {len(self.onnx):,} bytes, {checked}>"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ONNX file, whole or not at all. OutputError where that cannot be done."""
@@ -140,7 +145,7 @@ def compile_exported(
     traced = import_exported(exported)
     watch("import")
     batches = tuple(dict.fromkeys([batch] if isinstance(batch, int) else batch))
-    context = Context(batches, {**traced.sizes, **(sizes or {})})
+    context = planning_context(traced, batches, sizes or {})
     stages, reports = run_passes(traced, context, passes, progress)
     program = list(stages.values())[-1]
     watch("passes")
@@ -165,12 +170,23 @@ def compile_exported(
         size=len(data),
         views=views,
         opaque=sum(isinstance(n, Opaque) and n.output.dtype != "scalar" for n in program.nodes),
-        batches=batches,
+        batches=context.batches,
+        dynamic="batch" in traced.sizes,
         version=__version__,
     )
     if result is not None and not result.passed:
         raise CheckError(f"the compiled model is not as exact as it must be: {result}")
     return CompiledModel(data, program, report, traced, stages, session)
+
+
+def planning_context(traced: TracedModel, batches: Sequence[int], sizes: Mapping[str, int]) -> Context:
+    """What to plan for. TNCompileError for a dimension that the model does not have."""
+    known = {*traced.sizes}
+    unknown = sorted({*sizes} - known)
+    if unknown:
+        has = f"the model has {', '.join(sorted(known))}" if known else "all shapes of the model are fixed"
+        raise TNCompileError(f"no dynamic dimension {unknown[0]}; {has}")
+    return Context(tuple(batches), {**traced.sizes, **sizes})
 
 
 class _Watch:
@@ -225,7 +241,11 @@ def to_bytes(program: Program, traced: TracedModel) -> bytes:
     if size > 2**31 - 2**20:
         raise UnsupportedError(f"the compiled model would be {size / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
     proto = onnx_ir.to_proto(to_onnx(program, traced))
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VerificationError(f"the emitted model is not valid ONNX, a fault of tncompile: {reason}") from error
     data: bytes = proto.SerializeToString(deterministic=True)
     return data
 

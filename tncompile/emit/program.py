@@ -80,6 +80,8 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     weights = Weights(shared, {*graph.initializers, *program.values, *(v.name for v in values if v.name)})
     taken: set[str] = set()
+    placeholders = {id(o) for node in graph if node.domain == DOMAIN for o in node.outputs}
+    names = {v.name for v in values if id(v) not in placeholders} | {*graph.initializers}
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
@@ -95,7 +97,9 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
         graph.insert_before(node, nodes)
         onnx_ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        result.name = network.output.name
+        if network.output.name not in names:  # the exporter numbers its own values anew, and may have taken it
+            result.name = network.output.name
+        names.add(network.output.name)
     for value in weights.values.values():
         graph.register_initializer(value)
 

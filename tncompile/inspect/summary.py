@@ -60,6 +60,7 @@ class Report:
     views: int = 0
     opaque: int = 0
     batches: tuple[int, ...] = ()
+    dynamic: bool = True
     version: str = field(default="")
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class Report:
             ]
         total = sum(self.seconds.values())
         spent = ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())
-        parts.append(Text(f"{total:.1f} s ({spent})" + (f"; {self.size / 1e6:.2f} MB" if self.size else "")))
+        parts.append(Text(f"{total:.1f} s ({spent})" + (f"; a file of {self.size / 1e6:.2f} MB" if self.size else "")))
         return parts
 
     def _table(self) -> RenderableType:
@@ -114,10 +115,11 @@ class Report:
 
         largest = max(self.batches)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+        sizes = f"batch {largest}" if self.dynamic else "fixed shapes"
         for title in ("network", "shape", "cores, bonds"):
-            table.add_column(title)
-        for title in ("parameters\nof dense", f"MFLOP, batch {largest}\nnaive dense now", "MB\nnaive dense now"):
-            table.add_column(title, justify="right")
+            table.add_column(title, overflow="fold")
+        for title in ("parameters\nof dense", f"MFLOP, {sizes}\nnaive dense now", "MB moved\nnaive dense now"):
+            table.add_column(title, justify="right", no_wrap=True)
         for net in self.networks:
             cost = net.costs[largest].values()
             cells = (
@@ -218,9 +220,8 @@ def _headlines(value: str, passes: Sequence[PassReport]) -> tuple[str, ...]:
     """What the passes made of one network, in a few words; the report has every change."""
     changes = [(p.name, c) for p in passes for c in p.changes if c.network == value and not c.declined]
     lines = [c.what for name, c in changes if name == "fold" and c.what.endswith("composed")]
-    merged = sum(name == "merge_cores" for name, _ in changes)
-    if merged:
-        lines.append(f"{merged} merge{'s' * (merged > 1)} of adjacent cores")
+    merged = [c.what for name, c in changes if name == "merge_cores"]
+    lines += merged if len(merged) <= 2 else [f"{len(merged)} merges of adjacent cores"]
     lines += [f"{_brief(c.what)} ({c.why})" if c.why else _brief(c.what) for name, c in changes if name == "order"]
     return tuple(lines)
 
