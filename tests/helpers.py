@@ -15,7 +15,7 @@ import torch
 
 from tncompile.emit.program import to_onnx
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Array, Index, Network, Opaque, Program, Tensor, dims, verify
+from tncompile.ir import Array, Index, Network, Opaque, Program, dims, verify
 from tncompile.ir import evaluate as evaluate_network
 from tncompile.ir import text as ir_text
 from tncompile.passes import DEFAULT, Change, Context, Order, Pass, PassReport, Pipeline
@@ -106,9 +106,17 @@ def apply_pass(
         feeds = feeds_for(program, symbols, seed)
         expected = evaluate_program(program, feeds, symbols)
         found = evaluate_program(after, feeds, symbols)
-        for name in expected:
+        scheduled = reference(after, feeds, symbols) if isinstance(step, Order) and not _opaque(after) else {}
+        for name, value in after.outputs:
             assert_close(found[name], expected[name], tolerance=tolerance, what=f"{step.name()}: output {name}")
+            if scheduled:
+                what = f"{step.name()}: output {name} by its schedule"
+                assert_close(scheduled[value], expected[name], tolerance=tolerance, what=what)
     return after, tuple(changes)
+
+
+def _opaque(program: Program) -> list[Opaque]:
+    return [node for node in program.nodes if isinstance(node, Opaque)]
 
 
 def assert_close(found: Array, expected: Array, *, tolerance: float, what: str = "result") -> None:
@@ -205,8 +213,8 @@ def reference(
 ) -> dict[str, Array]:
     """Every value of a program of networks alone, by `numpy.einsum` in float64.
 
-    Nothing of tncompile computes here but sizes. With `absolute`, all numbers are taken by magnitude: what
-    rounding errors grow with.
+    Nothing of tncompile computes here but sizes. A term is one einsum, or one for each of its steps where it is
+    scheduled. With `absolute`, all numbers are taken by magnitude: what rounding errors grow with.
     """
     values: dict[str, Array] = {name: _plain(array, absolute) for name, array in feeds.items()}
     for node in program.nodes:
@@ -228,18 +236,20 @@ def _einsum(network: Network, values: Mapping[str, Array], symbols: Mapping[str,
     total = np.zeros([size(i) for i in output])
     for term in network.terms:
         number: dict[str, int] = {}
-        args: list[object] = []
+        parts: list[tuple[Array, list[int]]] = []
         for tensor in term.tensors:
             array = values[tensor.name] if tensor.data is None else _plain(tensor.data, absolute)
-            args += [array.reshape([size(i) for i in tensor.indices]), _numbers(tensor, number)]
+            names = [number.setdefault(i.name, len(number)) for i in tensor.indices]
+            parts.append((array.reshape([size(i) for i in tensor.indices]), names))
+        for step in term.steps or ():
+            order = [number[name] for name in step.order]
+            parts.append((np.einsum(*parts[step.left], *parts[step.right], order), order))  # type: ignore[call-overload]
+        used = parts[-1:] if term.steps else parts
         carried = [i for i in output if i.name in number]
+        args = [item for part in used for item in part]
         result = np.einsum(*args, [number[i.name] for i in carried], optimize="greedy")  # type: ignore[call-overload]
         total = total + np.reshape(result, [size(i) if i.name in number else 1 for i in output])
     return total.reshape([math.prod(size(i) for i in axis) for axis in network.output.axes])
-
-
-def _numbers(tensor: Tensor, number: dict[str, int]) -> list[int]:
-    return [number.setdefault(i.name, len(number)) for i in tensor.indices]
 
 
 def assert_exact(

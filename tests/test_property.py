@@ -351,6 +351,35 @@ def test_chains_of_networks(chunk: range, record_property: Callable[[str, object
     compare_all(chunk, several, "programs of several", record_property)
 
 
+def twice(seed: int) -> Program:
+    """A network and the same once more, with other numbers and with the names of its indices handed round.
+
+    What is found out about the first may be used for the second, by places and not by names.
+    """
+    program = single(seed)
+    (first,) = program.networks
+    names = list(first.indices)
+    mapping = {
+        old: (Index(new, first.indices[old].size),) for old, new in zip(names, names[1:] + names[:1], strict=True)
+    }
+    generator = np.random.default_rng(seed + 1)
+
+    def other(tensor: Tensor) -> Tensor:
+        tensor = substitute_tensor(tensor, mapping)
+        if tensor.data is None:
+            return tensor
+        return Tensor(f"{tensor.name}b", tensor.axes, draw_numbers(generator, tensor.data.shape, first.dtype))
+
+    terms = tuple(Term(tuple(map(other, t.tensors)), t.order) for t in first.terms)
+    second = Network("again", terms, Tensor("z", substitute_tensor(first.output, mapping).axes), first.dtype)
+    return Program(program.inputs, (first, second), (*program.outputs, ("out_z", "z")))
+
+
+@a_fifth
+def test_equal_networks_by_other_names(chunk: range, record_property: Callable[[str, object], None]) -> None:
+    compare_all(chunk, twice, "pairs", record_property)
+
+
 @a_fifth
 def test_two_dynamic_dimensions(chunk: range, record_property: Callable[[str, object], None]) -> None:
     def draw(seed: int) -> Program:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.helpers import apply_pass, program_of
+from tests.helpers import apply_pass, assert_close, compile_program, feeds_for, program_of, reference
 from tncompile.ir import Network, Program, Term
 from tncompile.passes import Change, Context, Fold, MergeCores, Order
 from tncompile.passes import order as order_module
@@ -164,6 +164,41 @@ def test_equal_networks_are_scheduled_alike_with_their_own_numbers() -> None:
     first, second = after.networks
     assert first.terms[0].steps == second.terms[0].steps
     assert not any(a.data is b.data for a, b in zip(first.cores, second.cores, strict=True))
+
+
+def test_equal_networks_may_call_their_indices_otherwise() -> None:
+    """The schedule that is found once is told to each network in its own names."""
+    text = """
+program
+  input x: float32[batch, 64]
+  network y: float32[batch, 48], layer first
+    indices b=batch, o=48, i=64, r=2
+    term
+      0 operand x[b, i]
+      1 core A[i, r]
+      2 core B[r, o]
+    -> y[b, o]
+  network z: float32[batch, 48], layer second
+    indices i=batch, r=48, o=64, b=2
+    term
+      0 operand x[i, o]
+      1 core C[o, b]
+      2 core D[b, r]
+    -> z[i, r]
+  output y = y
+  output z = z
+"""
+    after, _ = apply_pass(Order(), program_of(text), tolerance=1e-6)
+    first, second = (n.terms[0].steps for n in after.networks)
+    assert first is not None
+    assert second is not None
+    names = {"b": "i", "o": "r", "i": "o", "r": "b"}
+    assert [tuple(names[n] for n in step.order) for step in first] == [step.order for step in second]
+    compiled = compile_program(program_of(text))
+    feeds = feeds_for(program_of(text))
+    for name, array in reference(program_of(text), feeds, {"batch": 3}).items():
+        if name != "x":
+            assert_close(compiled.run(feeds)[name], array, tolerance=1e-6)
 
 
 def test_two_runs_choose_the_same() -> None:

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as onnx
 
+from tncompile.errors import UnsupportedError
 from tncompile.ir import Array, Dim, dims
 
 Group = tuple[str, ...]
 Groups = tuple[Group, ...]
+Symbols = Mapping[str, tuple[onnx.Value, int, int]]
+"""Where the model's inputs show the size of each symbol: a value, its axis, and how many times the size it has."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,14 @@ class Weights:
 class GraphWriter:
     """Collects the ONNX nodes of one network. `sizes` gives the size of every index name."""
 
-    def __init__(self, prefix: str, sizes: Mapping[str, Dim], weights: Weights, operands: Sequence[Laid]) -> None:
+    def __init__(
+        self, prefix: str, sizes: Mapping[str, Dim], weights: Weights, operands: Sequence[Laid], symbols: Symbols
+    ) -> None:
         self.prefix = prefix
         self.sizes = sizes
         self.weights = weights
         self.operands = operands
+        self.symbols = symbols
         self.nodes: list[onnx.Node] = []
 
     def op(self, op_type: str, inputs: Sequence[onnx.Value], **attributes: Any) -> onnx.Value:
@@ -146,7 +152,18 @@ class GraphWriter:
                     if rest:
                         size = self.op("Div", [size, self.constant(f"size_{self.size(rest)}", [int(self.size(rest))])])
                     return size
-        raise ValueError(f"no operand shows the size of {name}")
+        return self._symbol_size(name)
+
+    def _symbol_size(self, name: str) -> onnx.Value:
+        """A size that no operand shows on an axis of its own, from the model's inputs."""
+        for symbol, (value, axis, times) in self.symbols.items():
+            factor = dims.divide(self.sizes[name], symbol)
+            if isinstance(factor, int):
+                size = self.op("Shape", [value], start=axis, end=axis + 1)
+                if times != 1:
+                    size = self.op("Div", [size, self.constant(f"size_{times}", [times])])
+                return size if factor == 1 else self.op("Mul", [size, self.constant(f"size_{factor}", [factor])])
+        raise UnsupportedError(f"the size {self.sizes[name]} is on no axis of the model's inputs")
 
     def permute(self, laid: Laid, order: Group) -> Laid:
         """Transpose to another order of indices, with neighbours that stay together as one axis."""

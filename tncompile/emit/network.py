@@ -8,23 +8,27 @@ import numpy as np
 import onnx_ir as onnx
 
 from tncompile.cost.schedule import classify, reduced_layout
-from tncompile.emit.graph import GraphWriter, Group, Groups, Laid, Weights
+from tncompile.emit.graph import GraphWriter, Group, Groups, Laid, Symbols, Weights
 from tncompile.ir import Array, Network, Step, Tensor, Term
 from tncompile.ir.evaluate import evaluate_term, merge
 
 Side = Laid | Tensor  # a run-time array, or a core whose order is still free
 
 
-def lower(network: Network, operands: Mapping[str, onnx.Value], weights: Weights) -> tuple[list[onnx.Node], onnx.Value]:
+def lower(
+    network: Network, operands: Mapping[str, onnx.Value], weights: Weights, symbols: Symbols
+) -> tuple[list[onnx.Node], onnx.Value]:
     """The nodes that compute a network from the values of its operands, and the value they end in.
 
     The terms must be scheduled (see the pass `order`).
     """
-    return _Lowering(network, operands, weights).run()
+    return _Lowering(network, operands, weights, symbols).run()
 
 
 class _Lowering:
-    def __init__(self, network: Network, operands: Mapping[str, onnx.Value], weights: Weights) -> None:
+    def __init__(
+        self, network: Network, operands: Mapping[str, onnx.Value], weights: Weights, symbols: Symbols
+    ) -> None:
         self.network = network
         self.output = tuple(i.name for i in network.output.indices)
         self.out_axes: Groups = tuple(tuple(i.name for i in axis) for axis in network.output.axes)
@@ -32,7 +36,7 @@ class _Lowering:
         for tensor in network.operands:  # repeated indices have names of their own until their diagonal is taken
             sizes |= {i.name + "'" * k: i.size for i in tensor.indices for k in range(len(tensor.indices))}
         laid = [self._distinct(self._laid(t, operands[t.name])) for t in network.operands]
-        self.write = GraphWriter(network.label, sizes, weights, laid)
+        self.write = GraphWriter(network.label, sizes, weights, laid, symbols)
         self.values = operands
 
     def run(self) -> tuple[list[onnx.Node], onnx.Value]:
@@ -290,9 +294,19 @@ class _Lowering:
         if isinstance(right, Tensor):
             while narrow and not narrow[0]:
                 narrow = narrow[1:]  # broadcasting aligns to the right
+            if not narrow and self.network.dtype == "float64" and left.axes:
+                right, narrow = self._written_out(right, left.axes[-1])
         factor = self._side(right, narrow)
         product = Laid(self.write.op("Mul", [left.value, factor.value]), tuple(runs))
         return self._reduce(product, summed) if summed else product
+
+    def _written_out(self, number: Tensor, axis: Group) -> tuple[Tensor, Groups]:
+        """A number along the last axis: ONNX Runtime fuses a plain one into the matmul before, as a float32."""
+        if number.data is None or not axis or any(map(self.write.symbolic, axis)):
+            return number, ()
+        indices = self.network.indices
+        data = np.full([int(self.write.sizes[n]) for n in axis], number.data.reshape(()))
+        return Tensor(number.name, tuple((indices[n],) for n in axis), data), (axis,)
 
     def _runs(self, names: Group, kind: object) -> list[Group]:
         runs: list[Group] = []

@@ -16,7 +16,7 @@ from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.network import lower
 from tncompile.emit.opaque import DOMAIN, OPSET, export
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Network, Node, Opaque, Program, Ref, Value, evaluate
+from tncompile.ir import Network, Node, Opaque, Program, Ref, Value, dims, evaluate
 
 
 def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
@@ -79,6 +79,13 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
     }
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     weights = Weights(shared, {*graph.initializers, *program.values, *(v.name for v in values if v.name)})
+    symbols: dict[str, tuple[onnx_ir.Value, int, int]] = {}
+    for value, item in zip(graph.inputs, program.inputs, strict=True):
+        for axis, size in enumerate(item.shape or ()):
+            for symbol in dims.symbols(size):
+                times = dims.divide(size, symbol)
+                if isinstance(times, int):
+                    symbols.setdefault(symbol, (value, axis, times))
     taken: set[str] = set()
     placeholders = {id(o) for node in graph if node.domain == DOMAIN for o in node.outputs}
     names = {v.name for v in values if id(v) not in placeholders} | {*graph.initializers}
@@ -87,7 +94,7 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
             continue
         network = networks[node.attributes["plan"].as_string()]
         operands = dict(zip(network.inputs, node.inputs, strict=True))
-        nodes, result = lower(network, operands, weights)  # type: ignore[arg-type]
+        nodes, result = lower(network, operands, weights, symbols)  # type: ignore[arg-type]
         old = node.outputs[0]
         if result.producer() is None or result in operands.values():  # an initializer or an operand as it is
             nodes.append(onnx_ir.node("Identity", [result], name=f"{network.label}/Identity"))
