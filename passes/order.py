@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,7 +53,7 @@ class Order(Pass):
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
         nodes: list[Node] = []
-        known: dict[object, list[Candidate]] = {}
+        known: dict[object, tuple[tuple[str, ...], list[Candidate]]] = {}
         for node in program.nodes:
             if isinstance(node, Network):
                 moving = [self._term(node, t, context, known, changes) for t in node.terms if not t.is_constant]
@@ -68,13 +68,14 @@ class Order(Pass):
         network: Network,
         term: Term,
         context: Context,
-        known: dict[object, list[Candidate]],
+        known: dict[object, tuple[tuple[str, ...], list[Candidate]]],
         changes: list[Change],
     ) -> Term:
-        key = _key(network, term)
+        key, names = _key(network, term), tuple(term.indices)
         if key not in known:
-            known[key] = self._candidates(network, term, context)
-        candidates = known[key]
+            known[key] = (names, self._candidates(network, term, context))
+        first, candidates = known[key]
+        candidates = [_renamed(c, dict(zip(first, names, strict=True))) for c in candidates]
         best = self._choose(candidates)
         chosen = replace(merge_constants(network, term, best.tree), steps=best.steps)
         if _overflows(term, chosen):  # in float16 a product of cores may not fit where each of them does
@@ -134,6 +135,12 @@ def scheduler(network: Network, term: Term, context: Context, batch: int) -> Sch
     itemsize = np.dtype(network.dtype).itemsize
     sizes = context.index_sizes(network, batch)
     return Scheduler(term, network.output.indices, sizes, context.profile, itemsize)
+
+
+def _renamed(candidate: Candidate, names: Mapping[str, str]) -> Candidate:
+    """The same way for an equal term whose indices have other names."""
+    steps = tuple(replace(s, order=tuple(names[i] for i in s.order)) for s in candidate.steps)
+    return replace(candidate, steps=steps)
 
 
 def _ways(network: Network, term: Term, tree: Tree, label: str, context: Context) -> list[Candidate]:

@@ -291,6 +291,22 @@ program
     emit(text, (Clean(), Order()))
 
 
+def test_a_merged_axis_of_a_derived_size_is_split_again() -> None:
+    """Rows of (batch, seq + 1), as behind a class token that was put before a sequence."""
+    text = """
+program
+  input x: float32[batch, seq, 1]
+  input h: float32["(seq + 1)*batch", 6]
+  network y: float32[batch, "(seq + 1)", 6]
+    indices b=batch, t="(seq + 1)", i=6
+    term
+      0 operand h[(b t), i]
+    -> y[b, t, i]
+  output y = y
+"""
+    emit(text, (Clean(), Order()))
+
+
 def test_a_layer_on_rows_of_two_sizes() -> None:
     body = """
 indices b=batch, s=seq, o=4, i=6
