@@ -7,6 +7,7 @@ the array already is as wanted.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ Group = tuple[str, ...]
 Groups = tuple[Group, ...]
 Symbols = Mapping[str, tuple[onnx.Value, int, int]]
 """Where the model's inputs show the size of each symbol: a value, its axis, and how many times the size it has."""
+
+
+_ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.FloorDiv: "Div"}
 
 
 @dataclass(frozen=True)
@@ -152,18 +156,19 @@ class GraphWriter:
                     if rest:
                         size = self.op("Div", [size, self.constant(f"size_{self.size(rest)}", [int(self.size(rest))])])
                     return size
-        return self._symbol_size(name)
+        return self._expression(ast.parse(str(self.sizes[name]), mode="eval").body)
 
-    def _symbol_size(self, name: str) -> onnx.Value:
-        """A size that no operand shows on an axis of its own, from the model's inputs."""
-        for symbol, (value, axis, times) in self.symbols.items():
-            factor = dims.divide(self.sizes[name], symbol)
-            if isinstance(factor, int):
-                size = self.op("Shape", [value], start=axis, end=axis + 1)
-                if times != 1:
-                    size = self.op("Div", [size, self.constant(f"size_{times}", [times])])
-                return size if factor == 1 else self.op("Mul", [size, self.constant(f"size_{factor}", [factor])])
-        raise UnsupportedError(f"the size {self.sizes[name]} is on no axis of the model's inputs")
+    def _expression(self, node: ast.expr) -> onnx.Value:
+        """A size that no operand shows on an axis of its own, computed from the model's inputs."""
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            return self.op(_ARITHMETIC[type(node.op)], [self._expression(node.left), self._expression(node.right)])
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return self.constant(f"size_{node.value}", [node.value])
+        if isinstance(node, ast.Name) and node.id in self.symbols:
+            value, axis, times = self.symbols[node.id]
+            size = self.op("Shape", [value], start=axis, end=axis + 1)
+            return size if times == 1 else self.op("Div", [size, self.constant(f"size_{times}", [times])])
+        raise UnsupportedError(f"the size {ast.unparse(node)} cannot be read off the model's inputs")
 
     def permute(self, laid: Laid, order: Group) -> Laid:
         """Transpose to another order of indices, with neighbours that stay together as one axis."""
