@@ -15,7 +15,6 @@ from tncompile.ir.core import left_to_right
 from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, unique_cores
 from tncompile.ir.evaluate import einsum, evaluate, evaluate_term, merge
 from tncompile.passes.base import Change, Context, Pass
-from tncompile.passes.clean import rename_inputs
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,8 @@ class Fold(Pass):
         program = self._compose(program, changes)
         nodes: list[Node] = []
         weights = dict(program.weights)
-        names: dict[str, str] = {}
         shown = {name for _, name in program.outputs}
         for node in program.nodes:
-            node = rename_inputs(node, names)
             if isinstance(node, Network):
                 node = _combine_terms(node, changes)
                 if not node.operands and node.output.name not in shown:

@@ -86,14 +86,7 @@ class Order(Pass):
         return chosen
 
     def _candidates(self, network: Network, term: Term, context: Context) -> list[Candidate]:
-        output = tuple(i.name for i in network.output.indices)
-        inputs = [reduced_layout(term, p, output) for p in range(len(term.tensors))]
-        core = [t.is_core for t in term.tensors]
-        kept = tuple(name for name in output if name in term.indices)
-        searches = [
-            TreeSearch(inputs, core, kept, context.index_sizes(network, batch), context.profile)
-            for batch in context.batches
-        ]
+        searches = [_search(network, term, context, batch) for batch in context.batches]
         trees: dict[Tree, str] = {term.order: "as traced"}
         dense = searches[0].dense()
         if dense is not None:
@@ -191,13 +184,18 @@ def merge_constants(network: Network, term: Term, tree: Tree, shapes_only: bool 
     return term
 
 
-def dense_tree(network: Network, term: Term, context: Context, batch: int) -> Tree | None:
-    """The order that first merges all connected cores of a term."""
+def _search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
+    """The search of one term of a network at one batch size."""
     output = tuple(i.name for i in network.output.indices)
     inputs = [reduced_layout(term, p, output) for p in range(len(term.tensors))]
     core = [t.is_core for t in term.tensors]
-    kept = tuple(i for i in output if i in term.indices)
-    return TreeSearch(inputs, core, kept, context.index_sizes(network, batch), context.profile).dense()
+    kept = tuple(name for name in output if name in term.indices)
+    return TreeSearch(inputs, core, kept, context.index_sizes(network, batch), context.profile)
+
+
+def dense_tree(network: Network, term: Term, context: Context, batch: int) -> Tree | None:
+    """The order that first merges all cores of a term; None where their product is too large."""
+    return _search(network, term, context, batch).dense()
 
 
 def cost_of(network: Network, term: Term, tree: Tree | None, context: Context, batch: int) -> Schedule:
@@ -246,15 +244,13 @@ def _explain(
     elif merged:
         what = f"{what}, {len(before.cores)} cores are {len(after.cores)}"
 
-    last = int(np.argmax(context.batches))
-
     def against(other: Candidate | None, name: str) -> str:
         if other is None or other.tree == best.tree:
             return ""
-        return f"{name} {_microseconds(other.seconds[last])}"
+        return f"{name} {_microseconds(other.seconds[-1])}"
 
     others = ", ".join(t for t in (against(dense, "dense"), against(traced, "as traced")) if t)
-    why = f"predicted {_microseconds(best.seconds[last])} at batch {context.batches[last]}; {others}" if others else ""
+    why = f"predicted {_microseconds(best.seconds[-1])} at batch {context.batches[-1]}; {others}" if others else ""
     ranked = sorted(candidates, key=lambda c: sum(c.seconds), reverse=True)  # of equal labels the best stays
     tried = {c.label or _label(before, c.tree): [round(s * 1e6, 3) for s in c.seconds] for c in ranked}
     return Change(network.output.name, what, why, details={"batches": context.batches, "microseconds": tried})

@@ -33,6 +33,11 @@ class OutputCheck:
     eager: float
     bound: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: relative error {self.error:.2g}, eager PyTorch's {self.eager:.2g}, allowed {self.bound:.2g}"
+        )
+
     @property
     def passed(self) -> bool:
         """Whether the error is within the bound (never where it is not a number)."""

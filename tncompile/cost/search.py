@@ -28,12 +28,7 @@ def ssa_to_tree(path: Sequence[Sequence[int]], count: int) -> Tree:
         used.update(pair)
         trees.append(trees[pair[0]] if len(pair) == 1 else tuple(trees[p] for p in pair))
     rest = [t for p, t in enumerate(trees) if p not in used]
-    return rest[0] if len(rest) == 1 else left_to_right_trees(rest)
-
-
-def left_to_right_trees(trees: Sequence[Tree]) -> Tree:
-    """Contract whole trees one after another."""
-    return functools.reduce(lambda a, b: (a, b), trees)
+    return rest[0] if len(rest) == 1 else left_to_right(rest)
 
 
 def optimal(inputs: Sequence[Names], output: Names, sizes: Mapping[str, int], minimize: str = "flops") -> Tree:

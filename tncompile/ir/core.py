@@ -9,7 +9,6 @@ cores.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -146,11 +145,11 @@ def _pairs(tree: Tree) -> Tree:
     """A tree in which every branch is a pair: ``(0, 1, 2)`` is ``((0, 1), 2)``."""
     if isinstance(tree, int):
         return tree
-    return functools.reduce(lambda a, b: (a, b), map(_pairs, tree))
+    return left_to_right(map(_pairs, tree))
 
 
 def left_to_right(positions: Any) -> Tree:
-    """The order ``(((0, 1), 2), 3)``."""
+    """The order ``(((0, 1), 2), 3)`` of positions, or of whole trees."""
     tree: Tree | None = None
     for position in positions:
         tree = position if tree is None else (tree, position)

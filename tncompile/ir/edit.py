@@ -231,13 +231,12 @@ def merge_tensors(
     chosen = sorted(positions)
     cores = [term.tensors[p] for p in chosen]
     keep = merged_axes(term, chosen, output)
-    number = {old: new for new, old in enumerate(chosen)}
     order = drop_tensors(replace(term, steps=None), set(range(len(term.tensors))) - set(chosen)).order
     if shapes_only:
         data = np.broadcast_to(np.zeros((), dtype), [int(i.size) for i in keep])
     else:
         with np.errstate(over="ignore"):  # a float16 product may not fit: for the caller to see
-            data = merge([term.tensors[p] for p in number], order, keep).astype(dtype)
+            data = merge(cores, order, keep).astype(dtype)
     core = Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data)
     placed = replace(term, tensors=(*term.tensors[: chosen[0]], core, *term.tensors[chosen[0] + 1 :]), steps=None)
     return drop_tensors(placed, set(chosen[1:]))
