@@ -6,23 +6,35 @@ import abc
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from tncompile.cost.profile import CPU, DeviceProfile
 from tncompile.ir import Program, dims
 from tncompile.ir.core import Index, Network
 
 
+class Timer(Protocol):
+    """Takes the time of networks on the device."""
+
+    def start(self, jobs: int) -> None:
+        """Expect so many calls of `times`, between which the time there is has to be shared."""
+
+    def times(self, networks: Sequence[Network], symbols: Mapping[str, int]) -> list[float]:
+        """Seconds of scheduled networks that compute the same, run in turns at given sizes; inf for one that fails."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What passes may know besides the program: the sizes to plan for and the device.
 
-    `batches` are the sizes of the symbol ``batch`` that matter; `sizes` those of all other symbols.
+    `batches` are the sizes of the symbol ``batch`` that matter; `sizes` those of all other symbols. Without a
+    `timer`, plans are chosen by prediction alone.
     """
 
     batches: tuple[int, ...] = (1, 32)
     sizes: Mapping[str, int] = field(default_factory=dict)
     profile: DeviceProfile = CPU
+    timer: Timer | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", tuple(sorted({*self.batches})))

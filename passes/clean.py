@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term
+from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Switch, Tensor, Term
 from tncompile.ir.core import Arg
-from tncompile.ir.edit import drop_tensors, substitute
+from tncompile.ir.edit import drop_tensors, map_networks, substitute
 from tncompile.passes.base import Change, Context, Pass
 
 
@@ -69,8 +69,11 @@ def rename_inputs(node: Node, names: Mapping[str, str]) -> Node:
     def rename(tensor: Tensor) -> Tensor:
         return tensor if tensor.is_core else replace(tensor, name=names.get(tensor.name, tensor.name))
 
-    terms = tuple(replace(t, tensors=tuple(map(rename, t.tensors))) for t in node.terms)
-    return replace(node, terms=terms)
+    def visit(network: Network) -> Network:
+        terms = tuple(replace(t, tensors=tuple(map(rename, t.tensors))) for t in network.terms)
+        return replace(network, terms=terms)
+
+    return map_networks(node, visit)
 
 
 def _rename_arg(arg: Arg, names: Mapping[str, str]) -> Arg:
@@ -119,6 +122,8 @@ def _key(node: Node) -> Any:
         if any(word in node.target for word in (*_RANDOM, *_DRAWS)):
             return id(node)
         return (node.target, _hashable(node.args), _hashable(node.kwargs))
+    if isinstance(node, Switch):
+        return (node.symbol, node.limits, *map(_key, node.cases))
     number = {name: k for k, name in enumerate(node.indices)}
 
     def axes(tensor: Tensor) -> Any:

@@ -65,6 +65,8 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
         if name not in PASSES:
             raise TNCompileError(f"no pass {name!r}; the passes are {', '.join(PASSES)}")
         passes.append(_with_options(PASSES[name](), options.rstrip("}")))
+    if any(isinstance(p, Order) for p in passes[:-1]):
+        raise TNCompileError("order must be the last pass: its schedules fit the networks as they then are")
     return tuple(passes)
 
 

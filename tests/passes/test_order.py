@@ -9,8 +9,8 @@ import pytest
 from tests.helpers import apply_pass, assert_close, compile_program, feeds_for, program_of, reference
 from tncompile.ir import Network, Program, Term
 from tncompile.passes import Change, Context, Fold, MergeCores, Order
-from tncompile.passes import order as order_module
-from tncompile.passes.order import cost_of
+from tncompile.passes import plans as plans_module
+from tncompile.passes.plans import cost_of
 
 
 def tt_matrix(inputs: tuple[int, ...], outputs: tuple[int, ...], rank: int, copies: int = 1) -> Program:
@@ -139,14 +139,14 @@ def test_the_margin_is_an_option() -> None:
 
 def test_equal_networks_are_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[int] = []
-    real = order_module.TreeSearch
+    real = plans_module.TreeSearch
 
     class Counted(real):  # type: ignore[misc, valid-type]
         def __init__(self, *args: object) -> None:
             searched.append(1)
             super().__init__(*args)
 
-    monkeypatch.setattr(order_module, "TreeSearch", Counted)
+    monkeypatch.setattr(plans_module, "TreeSearch", Counted)
 
     def searches(program: Program) -> int:
         searched.clear()

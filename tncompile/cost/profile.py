@@ -24,6 +24,7 @@ class DeviceProfile:
     matmul: float
     permute: float
     permute_half: float
+    branch: float
 
     def matmul_time(self, batch: int, m: int, k: int, n: int, itemsize: int) -> float:
         """Seconds for `batch` products of m×k by k×n."""
@@ -53,4 +54,5 @@ CPU = DeviceProfile(
     matmul=0.08e-6,
     permute=2.5e9,
     permute_half=24.0,
+    branch=5e-6,
 )

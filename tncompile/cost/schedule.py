@@ -102,6 +102,18 @@ class Scheduler:
         self.profile = profile
         self.itemsize = itemsize
 
+    def layout(self, position: int) -> Layout:
+        """The order of a tensor's indices as it flows in, or as it is stored."""
+        return reduced_layout(self.term, position, self.output)
+
+    def permute(self, layout: Layout, wanted: Layout) -> float:
+        """Seconds to bring a result into another order of its indices."""
+        return self._permute(layout, wanted)
+
+    def to_output(self, layout: Layout) -> float:
+        """Seconds to bring the last result into the order of the output."""
+        return self._permute(layout, tuple(i for i in self.output if i in layout))
+
     def size(self, names: Iterable[str]) -> int:
         """Product of sizes."""
         return math.prod(self.sizes[i] for i in names)
@@ -109,41 +121,42 @@ class Scheduler:
     def schedule(self, tree: Tree) -> Schedule:
         """The cheapest schedule of a tree. A subtree of cores alone counts as one core, but has no steps: merge
         it first to get some that can be run."""
-        term = self.term
+        return self.schedules(tree, 1)[0]
+
+    def schedules(self, tree: Tree, keep: int) -> list[Schedule]:
+        """The cheapest schedules of a tree, best first, each with another last step or last layout."""
         self._flops = self._bytes = 0.0
         self._peak = 0
         self._count: dict[str, int] = {}
-        for position in range(len(term.tensors)):
-            for name in reduced_layout(term, position, self.output):
+        for position in range(len(self.term.tensors)):
+            for name in self.layout(position):
                 self._count[name] = self._count.get(name, 0) + 1
-        ways = self._visit(tree)
-        wanted = tuple(i for i in self.output if any(i in w.layout for w in ways))
-        best = min(ways, key=lambda w: w.seconds + self._permute(w.layout, wanted))
-        seconds = best.seconds + self._permute(best.layout, wanted)
-        return Schedule(_linear(best.plan, len(term.tensors)), seconds, self._flops, self._bytes, self._peak)
+        ways = [(w.seconds + self.to_output(w.layout), w) for w in self._visit(tree)]
+        totals = (self._flops, self._bytes, self._peak)
+        best = sorted(ways, key=lambda way: way[0])[:keep]
+        return [Schedule(_linear(w.plan, len(self.term.tensors)), seconds, *totals) for seconds, w in best]
 
     def price(self, steps: Sequence[Step]) -> Schedule:
         """The cost of given steps, maybe found at other sizes."""
         term, count = self.term, len(self.term.tensors)
-        layouts = [reduced_layout(term, p, self.output) for p in range(count)]
+        layouts = [self.layout(p) for p in range(count)]
         seconds, flops, moved, peak = 0.0, 0.0, 0.0, 0
         for step in steps:
             x, y = layouts[step.left], layouts[step.right]
             core = step.right < count and term.tensors[step.right].is_core
-            forms = self._forms(x, y, core, {*step.order})
+            forms = self.forms(x, y, core, {*step.order})
             seconds += min(s for s, form, order in forms if (form, order) == (step.form, step.order))
             flops += 2.0 * self.size({*x, *y})
             moved += (self.size(x) + self.size(y) + self.size(step.order)) * self.itemsize
             peak = max(peak, self.size(step.order))
             layouts.append(step.order)
-        wanted = tuple(i for i in self.output if i in layouts[-1])
-        return Schedule(tuple(steps), seconds + self._permute(layouts[-1], wanted), flops, moved, peak)
+        return Schedule(tuple(steps), seconds + self.to_output(layouts[-1]), flops, moved, peak)
 
     # ------------------------------------------------------------------------------ the tree
 
     def _visit(self, tree: Tree) -> list[_Way]:
         if isinstance(tree, int):
-            return [_Way(0.0, reduced_layout(self.term, tree, self.output), tree)]
+            return [_Way(0.0, self.layout(tree), tree)]
         ways, constant = self._visit(tree[0]), self._is_constant(tree[0])
         for branch in tree[1:]:
             other, other_constant = self._visit(branch), self._is_constant(branch)
@@ -177,7 +190,7 @@ class Scheduler:
         if not b_core:
             pairs += [(y, x, False) for x in a for y in b]
         for x, y, core in pairs:
-            for seconds, form, order in self._forms(x.layout, y.layout, core, kept):
+            for seconds, form, order in self.forms(x.layout, y.layout, core, kept):
                 total = x.seconds + y.seconds + seconds
                 known = found.get(order)
                 if known is None or total < known.seconds:
@@ -186,7 +199,7 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------ one contraction
 
-    def _forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str]) -> Iterable[_Form]:
+    def forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str]) -> Iterable[_Form]:
         """Every form of one contraction with its seconds, transposes included."""
         c = classify(x, y, kept)
         if c.summed or (c.left and c.right and not c.batch):
@@ -212,8 +225,12 @@ class Scheduler:
 
     def _core_lefts(self, x: Layout, c: Classes) -> Iterable[_Form]:
         block = (*c.batch, *c.summed)
-        start = min((x.index(i) for i in block), default=0)
-        middle, end = start + len(c.batch), start + len(block)
+        starts = [min(x.index(i) for i in block)] if block else range(len(x))  # an outer product fits anywhere
+        for start in starts:
+            yield from self._core_left(x, c, start)
+
+    def _core_left(self, x: Layout, c: Classes, start: int) -> Iterable[_Form]:
+        middle, end = start + len(c.batch), start + len(c.batch) + len(c.summed)
         if {*x[start:middle]} != {*c.batch} or {*x[middle:end]} != {*c.summed} or end == len(x):
             return
         before, after = x[:start], x[end:]

@@ -216,6 +216,10 @@ class TreeSearch:
 
         return place(outer)
 
+    def merge_order(self, group: tuple[int, ...]) -> Tree | None:
+        """The order in which to merge a group of cores, None where their product is too large."""
+        return None if self.elements(group) > MAX_CORE_ELEMENTS else self._inner(group)
+
     def _inner(self, group: tuple[int, ...]) -> Tree:
         """The order in which a group of cores is merged; the same in every partition that has the group."""
         if group not in self._inner_orders:

@@ -31,7 +31,7 @@ from torch.export.graph_signature import (
 
 from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Arg, Constant, Network, Opaque, Program, Ref
+from tncompile.ir import Arg, Constant, Node, Opaque, Program, Ref
 
 OPSET = 20
 DOMAIN = "tncompile"
@@ -79,7 +79,7 @@ def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedP
         env[value.name] = node
         inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
     for item in program.nodes:
-        if isinstance(item, Network):
+        if not isinstance(item, Opaque):
             _values[item.output.name] = meta[item.output.name]["val"]
             args: Any = ([env[name] for name in item.inputs], item.output.name)
             node = graph.create_node("call_function", _network_op(), args, {}, item.output.name)
@@ -114,7 +114,7 @@ def _fake_mode(exported: torch.export.ExportedProgram) -> Any:
     return FakeTensorMode()
 
 
-def _meta_of_weight(item: Opaque | Network, env: dict[str, torch.fx.Node]) -> dict[str, Any]:
+def _meta_of_weight(item: Node, env: dict[str, torch.fx.Node]) -> dict[str, Any]:
     """The meta of a weight that is shown as an output."""
     return {"val": env[item.inputs[0]].meta["val"]}
 

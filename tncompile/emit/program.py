@@ -6,17 +6,21 @@ each network; the network's own nodes take its place here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir
 
-from tncompile.emit.graph import Weights
+from tncompile.emit.graph import Symbols, Weights
 from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.network import lower
 from tncompile.emit.opaque import DOMAIN, OPSET, export
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Network, Node, Opaque, Program, Ref, Value, dims, evaluate
+from tncompile.ir import Network, Node, Opaque, Program, Ref, Switch, Value, dims, evaluate
+
+Lowered = tuple[list[onnx_ir.Node], onnx_ir.Value]
+Shape = onnx_ir.Shape | None
 
 
 def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
@@ -25,7 +29,7 @@ def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
     Only standard operators and domains; UnsupportedError, with the operator and the user's line, where
     torch's exporter has no translation.
     """
-    if all(isinstance(node, Network) for node in program.nodes):
+    if not any(isinstance(node, Opaque) for node in program.nodes):
         model = _of_placeholders(program)  # nothing for the exporter to do
     else:
         program = _constants_as_weights(program)
@@ -33,6 +37,15 @@ def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
     _lower_networks(model, program)
     name_interface(model, program, traced)
     return finish(model, program)
+
+
+def network_model(network: Network) -> onnx_ir.Model:
+    """A model of one scheduled network, whose operands are its inputs: what is timed to choose between plans."""
+    inputs = {t.name: Value(t.name, network.dtype, t.shape) for t in network.operands}
+    program = Program(tuple(inputs.values()), (network,), ((network.output.name, network.output.name),))
+    model = _of_placeholders(program)
+    _lower_networks(model, program)
+    return model
 
 
 def _constants_as_weights(program: Program) -> Program:
@@ -54,16 +67,16 @@ def _of_placeholders(program: Program) -> onnx_ir.Model:
         kind = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(np.dtype(item.dtype)))
         return onnx_ir.Value(name=item.name, type=kind, shape=onnx_ir.Shape(item.shape or ()))
 
-    values = {item.name: value(item) for item in program.inputs}
+    values = {given.name: value(given) for given in program.inputs}
     nodes = []
-    for network in program.networks:
-        values[network.output.name] = value(network.value)
-        inputs = [values[name] for name in network.inputs]
-        plan = {"plan": network.output.name}
-        outputs = [values[network.output.name]]
+    for item in program.nodes:
+        values[item.value.name] = value(item.value)
+        inputs = [values[name] for name in item.inputs]
+        plan = {"plan": item.value.name}
+        outputs = [values[item.value.name]]
         nodes.append(onnx_ir.node("Network", inputs, plan, domain=DOMAIN, outputs=outputs))
     graph = onnx_ir.Graph(
-        [values[item.name] for item in program.inputs],
+        [values[given.name] for given in program.inputs],
         [values[name] for _, name in program.outputs],
         nodes=nodes,
         opset_imports={"": OPSET},
@@ -73,42 +86,90 @@ def _of_placeholders(program: Program) -> onnx_ir.Model:
 
 def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
     graph = model.graph
-    networks = {n.output.name: n for n in program.networks}
+    lowered = {n.value.name: n for n in program.nodes if not isinstance(n, Opaque)}
     shared = {
         id(array): graph.initializers[name] for name, array in program.weights.items() if name in graph.initializers
     }
     values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     weights = Weights(shared, {*graph.initializers, *program.values, *(v.name for v in values if v.name)})
     symbols: dict[str, tuple[onnx_ir.Value, int, int]] = {}
-    for value, item in zip(graph.inputs, program.inputs, strict=True):
-        for axis, size in enumerate(item.shape or ()):
+    for value, given in zip(graph.inputs, program.inputs, strict=True):
+        for axis, size in enumerate(given.shape or ()):
             for symbol in dims.symbols(size):
                 times = dims.divide(size, symbol)
                 if isinstance(times, int):
                     symbols.setdefault(symbol, (value, axis, times))
-    taken: set[str] = set()
+    lowering = _Lowering(graph, weights, symbols)
     placeholders = {id(o) for node in graph if node.domain == DOMAIN for o in node.outputs}
     names = {v.name for v in values if id(v) not in placeholders} | {*graph.initializers}
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
-        network = networks[node.attributes["plan"].as_string()]
-        operands = dict(zip(network.inputs, node.inputs, strict=True))
-        nodes, result = lower(network, operands, weights, symbols)  # type: ignore[arg-type]
+        item = lowered[node.attributes["plan"].as_string()]
         old = node.outputs[0]
-        if result.producer() is None or result in operands.values():  # an initializer or an operand as it is
-            nodes.append(onnx_ir.node("Identity", [result], name=f"{network.label}/Identity"))
-            result = nodes[-1].outputs[0]
-        result.type, result.shape = onnx_ir.TensorType(onnx_ir.DataType[_onnx_dtype(network.dtype)]), old.shape
-        _label(nodes, network, taken)
+        operands = dict(zip(item.inputs, node.inputs, strict=True))
+        nodes, result = lowering.run(item, operands, old.shape)  # type: ignore[arg-type]
         graph.insert_before(node, nodes)
         onnx_ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        if network.output.name not in names:  # the exporter numbers its own values anew, and may have taken it
-            result.name = network.output.name
-        names.add(network.output.name)
+        if item.value.name not in names:  # the exporter numbers its own values anew, and may have taken it
+            result.name = item.value.name
+        names.add(item.value.name)
     for value in weights.values.values():
         graph.register_initializer(value)
+
+
+class _Lowering:
+    """Networks and switches of one graph to nodes; names, weights and conditions are shared by all of them."""
+
+    def __init__(self, graph: onnx_ir.Graph, weights: Weights, symbols: Symbols) -> None:
+        self.graph = graph
+        self.weights = weights
+        self.symbols = symbols
+        self.taken: set[str] = set()
+        self.conditions: dict[tuple[str, int], onnx_ir.Value] = {}
+
+    def run(self, item: Network | Switch, operands: Mapping[str, onnx_ir.Value], shape: Shape) -> Lowered:
+        """The nodes of a network or a switch, and the value they end in."""
+        if isinstance(item, Network):
+            return self._network(item, operands, shape)
+        nodes, result = self._network(item.cases[-1], operands, shape)
+        for limit, case in zip(reversed(item.limits), reversed(item.cases[:-1]), strict=True):
+            branches = {"then_branch": self._network(case, operands, shape), "else_branch": (nodes, result)}
+            graphs = {key: onnx_ir.Graph([], [r], nodes=n, name=key) for key, (n, r) in branches.items()}
+            choice = onnx_ir.node("If", [self._condition(item.symbol, limit)], graphs, name=f"{item.label}/If")
+            nodes, result = [choice], choice.outputs[0]
+            result.type, result.shape = _type(item.dtype), shape
+            _label(nodes, item.cases[0], self.taken)
+        return nodes, result
+
+    def _network(self, network: Network, operands: Mapping[str, onnx_ir.Value], shape: Shape) -> Lowered:
+        mine = {name: operands[name] for name in network.inputs}
+        nodes, result = lower(network, mine, self.weights, self.symbols)
+        if result.producer() is None or result in mine.values():  # an initializer or an operand as it is
+            nodes.append(onnx_ir.node("Identity", [result], name=f"{network.label}/Identity"))
+            result = nodes[-1].outputs[0]
+        result.type, result.shape = _type(network.dtype), shape
+        _label(nodes, network, self.taken)
+        return nodes, result
+
+    def _condition(self, symbol: str, limit: int) -> onnx_ir.Value:
+        """Whether a run-time size is at most a limit: two nodes at the start of the graph."""
+        if (symbol, limit) not in self.conditions:
+            value, axis, times = self.symbols[symbol]
+            bound = self.weights.add(f"size_{limit * times}", np.asarray([limit * times], np.int64))
+            size = onnx_ir.node("Shape", [value], {"start": axis, "end": axis + 1}, name=f"{symbol}_{limit}/Shape")
+            least = onnx_ir.node("LessOrEqual", [size.outputs[0], bound], name=f"{symbol}_{limit}/LessOrEqual")
+            for node in (size, least):
+                node.outputs[0].name = f"{node.name}:out"
+            first = next(iter(self.graph))
+            self.graph.insert_before(first, [size, least])
+            self.conditions[symbol, limit] = least.outputs[0]
+        return self.conditions[symbol, limit]
+
+
+def _type(dtype: str) -> onnx_ir.TensorType:
+    return onnx_ir.TensorType(onnx_ir.DataType[_onnx_dtype(dtype)])
 
 
 def _onnx_dtype(name: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from tncompile.errors import SourceRef
 from tncompile.inspect.bonds import Bond, bonds, levels
-from tncompile.ir.core import Axis, Index, Network, Opaque, Program, Tensor, Term, Value
+from tncompile.ir.core import Axis, Index, Network, Opaque, Program, Switch, Tensor, Term, Value
 from tncompile.ir.dims import Dim
 
 HEADER = """\
@@ -41,10 +41,12 @@ def to_dot(program: Program) -> str:
     for value in program.inputs:
         body.append(_node(ids[value.name], [value.name, _typed(value)], VALUE))
     for node in program.nodes:
-        if isinstance(node, Network):
-            body += _network(node, ids)
-        else:
+        if isinstance(node, Opaque):
             body += _opaque(node, ids, program)
+        elif isinstance(node, Switch):
+            body += _switch(node, ids)
+        else:
+            body += _network(node, ids, ids[node.output.name])
     for number, (public, name) in enumerate(program.outputs):
         body.append(_node(f"o{number}", [public], VALUE))
         body.append(f"{ids[name]} -> o{number} [{FLOW}];")
@@ -97,8 +99,16 @@ def _opaque(node: Opaque, ids: dict[str, str], program: Program) -> Iterator[str
             yield f"{ids[name]} -> {here} [{FLOW}];"
 
 
-def _network(network: Network, ids: dict[str, str]) -> Iterator[str]:
-    here = ids[network.output.name]
+def _switch(switch: Switch, ids: dict[str, str]) -> Iterator[str]:
+    """Every case as a network of its own, joined where the value is."""
+    here = ids[switch.value.name]
+    yield _node(here, [switch.value.name, _typed(switch.value)], RESULT, switch.value.name)
+    for number, (serves, case) in enumerate(zip(switch.ranges, switch.cases, strict=True)):
+        yield from _network(case, ids, f"{here}_c{number}")
+        yield f"{here}_c{number} -> {here} [{FLOW}, label={quote(f' {switch.symbol} {serves} ')}];"
+
+
+def _network(network: Network, ids: dict[str, str], here: str) -> Iterator[str]:
     place = network.source
     origin = f"  ({os.path.basename(place.file)}:{place.line})" if place.file else ""
     yield f"subgraph cluster_{here} {{"

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tncompile.inspect.bonds import bonds
-from tncompile.ir.core import Axis, Network, Opaque, Program, Term
+from tncompile.ir.core import Axis, Network, Opaque, Program, Switch, Term
 from tncompile.ir.dims import Dim
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ def to_networkx(program: Program) -> networkx.MultiDiGraph[str]:
 
     Nodes have a `kind`, and for `to_undirected` or drawing a `label`:
 
-    - ``input``, ``opaque``, ``network`` (``value:NAME``): a value, with `name`, `dtype`, `shape`; an opaque node
-      also has `target`, both kinds of node `layer` and `source`, a network `parameters`.
+    - ``input``, ``opaque``, ``network``, ``switch`` (``value:NAME``): a value, with `name`, `dtype`, `shape`; a node
+      also has `layer` and `source`, an opaque one `target`, a network `parameters`. The cases of a switch are
+      networks ``value:NAME/RANGE`` that flow into it.
     - ``weight`` (``weight:NAME``): a weight that an opaque node reads, with `name`, `dtype`, `shape`, `parameters`.
     - ``output`` (``output:NAME``): an output of the program, with `name`.
     - ``core``, ``operand`` (``tensor:VALUE/TERM/POSITION``): a tensor of the network that computes VALUE, with
@@ -47,19 +48,21 @@ def to_networkx(program: Program) -> networkx.MultiDiGraph[str]:
         graph.add_node(f"weight:{name}", label=name, **shaped, parameters=array.size)
     for node in program.nodes:
         here = f"value:{node.value.name}"
-        kind = "network" if isinstance(node, Network) else "opaque"
-        shaped = _shaped(kind, node.value.name, node.value.dtype, node.value.shape)
+        shaped = _shaped(type(node).__name__.lower(), node.value.name, node.value.dtype, node.value.shape)
         graph.add_node(here, label=node.value.name, **shaped, layer=node.name, source=str(node.source))
         if isinstance(node, Opaque):
             graph.nodes[here]["target"] = node.target
             for name in node.inputs:
                 origin = f"value:{name}" if name in program.values else f"weight:{name}"
                 graph.add_edge(origin, here, kind="flow")
-            continue
-        cores = {t.name: t.data.size for t in node.cores if t.data is not None}
-        graph.nodes[here]["parameters"] = sum(cores.values())
-        for number, term in enumerate(node.terms):
-            _add_term(graph, node.output.name, number, term, node.output.indices)
+        elif isinstance(node, Switch):
+            for serves, case in zip(node.ranges, node.cases, strict=True):
+                name = f"{node.value.name}/{serves}"
+                graph.add_node(f"value:{name}", label=serves, **shaped | {"kind": "network"}, layer=node.name)
+                _add_network(graph, name, case)
+                graph.add_edge(f"value:{name}", here, kind="flow")
+        else:
+            _add_network(graph, node.output.name, node)
     for public, name in program.outputs:
         graph.add_node(f"output:{public}", label=public, kind="output", name=public)
         graph.add_edge(f"value:{name}", f"output:{public}", kind="flow")
@@ -85,6 +88,13 @@ def networkx_json(program: Program) -> str:
 
 def _shaped(kind: str, name: str, dtype: str, shape: tuple[Dim, ...] | None) -> dict[str, Any]:
     return {"kind": kind, "name": name, "dtype": dtype, "shape": None if shape is None else list(shape)}
+
+
+def _add_network(graph: Any, value: str, network: Network) -> None:
+    cores = {t.name: t.data.size for t in network.cores if t.data is not None}
+    graph.nodes[f"value:{value}"]["parameters"] = sum(cores.values())
+    for number, term in enumerate(network.terms):
+        _add_term(graph, value, number, term, network.output.indices)
 
 
 def _add_term(graph: Any, value: str, number: int, term: Term, output: Axis) -> None:

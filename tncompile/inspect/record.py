@@ -8,7 +8,7 @@ from typing import Any
 
 from tncompile.errors import SourceRef
 from tncompile.inspect.bonds import bonds
-from tncompile.ir.core import Arg, Array, Constant, Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
+from tncompile.ir.core import Arg, Array, Constant, Index, Node, Opaque, Program, Ref, Switch, Tensor, Term, Value
 
 FORMAT = "tncompile.program"
 VERSION = 1
@@ -21,7 +21,8 @@ def to_json(program: Program) -> Record:
 
     The keys are those of the IR's classes. A network's term lists its tensors with their parameters, its bonds
     (see `tncompile.inspect.bonds.Bond`) with the positions of the tensors they join, its `order` as nested
-    lists of positions, and its `steps`, or None before they are chosen. An index is meant by its name; sizes
+    lists of positions, and its `steps`, or None before they are chosen. A switch lists its cases, networks that
+    compute the same value, each with the sizes it serves. An index is meant by its name; sizes
     are numbers, or strings where symbolic. In arguments, ``{"ref": name}`` is a value or a weight,
     ``{"constant": spelling}`` something of torch's, ``{"float": "nan"}`` (or ``"inf"``, ``"-inf"``) a float
     that JSON does not have. Parameters count an array once however often it is used.
@@ -42,7 +43,7 @@ def to_json(program: Program) -> Record:
 
 def _node(node: Node) -> Record:
     common = {
-        "kind": "network" if isinstance(node, Network) else "opaque",
+        "kind": type(node).__name__.lower(),
         "name": node.name,
         "value": _value(node.value),
         "reads": list(node.inputs),
@@ -51,6 +52,9 @@ def _node(node: Node) -> Record:
     if isinstance(node, Opaque):
         arguments = {"args": [_arg(a) for a in node.args], "kwargs": {k: _arg(v) for k, v in node.kwargs}}
         return {**common, "target": node.target, **arguments}
+    if isinstance(node, Switch):
+        cases = [{"serves": r, **_node(case)} for r, case in zip(node.ranges, node.cases, strict=True)]
+        return {**common, "symbol": node.symbol, "limits": list(node.limits), "cases": cases}
     return {
         **common,
         "dtype": node.dtype,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tncompile.ir import Network, Program, dims
+from tncompile.ir import Network, Opaque, Program, Switch, dims, networks_of
 from tncompile.passes.base import Context, PassReport
-from tncompile.passes.order import cost_of, dense_tree
+from tncompile.passes.plans import cost_of, dense_tree
 from tncompile.runtime.check import CheckReport
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Cost:
 class NetworkSummary:
     """One network: `parameters` as traced, `dense_parameters` with all cores merged, `stored` in the file.
 
-    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way.
+    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way. `plans`
+    has the steps of each plan by the batch sizes it serves.
     """
 
     name: str
@@ -42,7 +43,7 @@ class NetworkSummary:
     dense_parameters: int
     stored: int
     costs: dict[int, dict[str, Cost]]
-    plan: tuple[str, ...]
+    plans: dict[str, tuple[str, ...]]
     decisions: tuple[str, ...]
     source: str
 
@@ -150,16 +151,18 @@ def summarize(
     originals = {n.output.name: n for n in before.networks}
     decisions = {name: _headlines(name, passes) for name in originals}
     summaries, views = [], 0
-    for network in after.networks:
-        original = originals.get(network.output.name, network)
+    for node in after.nodes:
+        if isinstance(node, Opaque):
+            continue
+        original = originals[node.value.name]
         if not any(c.indices for c in original.cores):
             views += 1
             continue
-        summaries.append(_summary(original, network, decisions.get(network.output.name, ()), context))
+        summaries.append(_summary(original, node, decisions.get(node.value.name, ()), context))
     return tuple(summaries), views
 
 
-def _summary(original: Network, final: Network, decisions: Sequence[str], context: Context) -> NetworkSummary:
+def _summary(original: Network, final: Network | Switch, decisions: Sequence[str], context: Context) -> NetworkSummary:
     moving = [t for t in original.terms if not t.is_constant]
     output = {i.name for i in original.output.indices}
     outer = output | {i.name for t in original.operands for i in t.indices}
@@ -172,14 +175,15 @@ def _summary(original: Network, final: Network, decisions: Sequence[str], contex
             dense = dense_tree(original, term, context, batch) or term.order
             for way, tree in (("naive", term.order), ("dense", dense)):
                 _add(ways[way], cost_of(original, term, tree, context, batch))
-        for term in final.terms:
+        now = final.case(batch) if isinstance(final, Switch) else final
+        for term in now.terms:
             if not term.is_constant:
-                _add(ways["chosen"], cost_of(final, term, None, context, batch))
+                _add(ways["chosen"], cost_of(now, term, None, context, batch))
         costs[batch] = {way: Cost(*numbers) for way, numbers in ways.items()}
     for term in moving:
         dense_parameters += _dense_size(original, term)
     dense_parameters += sum(_size(c) for t in original.terms if t.is_constant for c in t.cores)
-    plan = [f"{s.form} -> {' '.join(s.order)}" for t in final.terms if t.steps for s in t.steps]
+    cores = {id(c.data): c for case in networks_of(final) for c in case.cores}
     return NetworkSummary(
         name=final.label,
         value=final.output.name,
@@ -189,12 +193,20 @@ def _summary(original: Network, final: Network, decisions: Sequence[str], contex
         bonds=tuple(f"{name}={index.size}" for name, index in bonds.items()),
         parameters=sum(_size(c) for c in original.cores),
         dense_parameters=dense_parameters,
-        stored=sum(_size(c) for c in final.cores),
+        stored=sum(_size(c) for c in cores.values()),
         costs=costs,
-        plan=tuple(plan),
+        plans={serves: _plan(case) for serves, case in _cases(final)},
         decisions=tuple(decisions),
         source=str(final.source),
     )
+
+
+def _cases(node: Network | Switch) -> list[tuple[str, Network]]:
+    return list(zip(node.ranges, node.cases, strict=True)) if isinstance(node, Switch) else [("all", node)]
+
+
+def _plan(network: Network) -> tuple[str, ...]:
+    return tuple(f"{s.form} -> {' '.join(s.order)}" for t in network.terms if t.steps for s in t.steps)
 
 
 def _add(total: list[float], schedule: Any) -> None:

@@ -13,10 +13,12 @@ from tncompile.ir.core import (
     Program,
     Ref,
     Step,
+    Switch,
     Tensor,
     Term,
     Tree,
     Value,
+    networks_of,
     references,
 )
 from tncompile.ir.dims import Dim
@@ -38,11 +40,13 @@ __all__ = [
     "SourceRef",
     "Stage",
     "Step",
+    "Switch",
     "Tensor",
     "Term",
     "Tree",
     "Value",
     "evaluate",
+    "networks_of",
     "references",
     "verify",
 ]

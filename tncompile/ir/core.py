@@ -267,7 +267,77 @@ def references(arg: Arg) -> Iterator[Ref]:
             yield from references(item)
 
 
-Node = Network | Opaque
+@dataclass(frozen=True)
+class Switch:
+    """One value for which several networks compute the same: which of them runs is decided at run time.
+
+    `cases[k]` serves sizes of `symbol` up to `limits[k]`, the last case all beyond; `limits` increase.
+    """
+
+    symbol: str
+    limits: tuple[int, ...]
+    cases: tuple[Network, ...]
+
+    @property
+    def output(self) -> Tensor:
+        """The tensor that every case computes."""
+        return self.cases[0].output
+
+    @property
+    def name(self) -> str:
+        """The layer it stands for."""
+        return self.cases[0].name
+
+    @property
+    def label(self) -> str:
+        """What to call it, as a network."""
+        return self.cases[0].label
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the value."""
+        return self.cases[0].dtype
+
+    @property
+    def source(self) -> SourceRef:
+        """Where it comes from in the user's code."""
+        return self.cases[0].source
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """Tensors that flow in, one for each use in each case."""
+        return tuple(t for case in self.cases for t in case.operands)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values that any case reads, each once."""
+        return tuple(dict.fromkeys(t.name for t in self.operands))
+
+    @property
+    def value(self) -> Value:
+        """The value that it computes."""
+        return self.cases[0].value
+
+    def case(self, size: int) -> Network:
+        """The network that runs at one size of the symbol."""
+        return self.cases[sum(limit < size for limit in self.limits)]
+
+    @property
+    def ranges(self) -> tuple[str, ...]:
+        """What each case serves: ``("<=8", "9-64", ">64")``."""
+        first = [1, *(limit + 1 for limit in self.limits)]
+        inner = [f"{a}-{b}" if a != b else str(a) for a, b in zip(first[1:], self.limits[1:], strict=False)]
+        return (f"<={self.limits[0]}", *inner, f">{self.limits[-1]}")
+
+
+Node = Network | Opaque | Switch
+
+
+def networks_of(node: Node) -> tuple[Network, ...]:
+    """The network that a node is, the cases of a switch, nothing for an opaque node."""
+    if isinstance(node, Opaque):
+        return ()
+    return node.cases if isinstance(node, Switch) else (node,)
 
 
 @dataclass(frozen=True)
@@ -285,8 +355,8 @@ class Program:
 
     @property
     def networks(self) -> tuple[Network, ...]:
-        """The tensor-network nodes."""
-        return tuple(n for n in self.nodes if isinstance(n, Network))
+        """The tensor-network nodes, every case of a switch among them."""
+        return tuple(n for node in self.nodes for n in networks_of(node))
 
     @cached_property
     def values(self) -> dict[str, Value]:
@@ -298,7 +368,7 @@ class Program:
         """How often each value is read, by a node (once for each use in a network) or as an output."""
         count: dict[str, int] = {}
         for node in self.nodes:
-            names = [t.name for t in node.operands] if isinstance(node, Network) else node.inputs
+            names = node.inputs if isinstance(node, Opaque) else [t.name for t in node.operands]
             for name in names:
                 count[name] = count.get(name, 0) + 1
         for _, name in self.outputs:

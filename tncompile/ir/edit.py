@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from tncompile.ir import dims
-from tncompile.ir.core import Axis, Index, Network, Program, Tensor, Term, Tree
+from tncompile.ir.core import Axis, Index, Network, Node, Opaque, Program, Switch, Tensor, Term, Tree
 from tncompile.ir.evaluate import merge
 
 
@@ -265,21 +265,25 @@ def unique_cores(program: Program) -> Program:
     """Rename cores so that one name means one array, as the verifier demands."""
     owner: dict[str, object] = dict(program.weights)
     by_id: dict[int, str] = {id(a): n for n, a in program.weights.items()}
-    nodes = []
-    for node in program.nodes:
-        if isinstance(node, Network):
-            terms = []
-            for term in node.terms:
-                tensors = []
-                for t in term.tensors:
-                    if t.data is not None and owner.setdefault(t.name, t.data) is not t.data:
-                        name = by_id.get(id(t.data)) or _numbered(t.name, owner)
-                        owner[name] = t.data
-                        t = replace(t, name=name)
-                    if t.data is not None:
-                        by_id.setdefault(id(t.data), t.name)
-                    tensors.append(t)
-                terms.append(replace(term, tensors=tuple(tensors)))
-            node = replace(node, terms=tuple(terms))
-        nodes.append(node)
-    return replace(program, nodes=tuple(nodes))
+
+    def renamed(t: Tensor) -> Tensor:
+        if t.data is not None and owner.setdefault(t.name, t.data) is not t.data:
+            name = by_id.get(id(t.data)) or _numbered(t.name, owner)
+            owner[name] = t.data
+            t = replace(t, name=name)
+        if t.data is not None:
+            by_id.setdefault(id(t.data), t.name)
+        return t
+
+    def visit(network: Network) -> Network:
+        terms = (replace(term, tensors=tuple(map(renamed, term.tensors))) for term in network.terms)
+        return replace(network, terms=tuple(terms))
+
+    return replace(program, nodes=tuple(map_networks(node, visit) for node in program.nodes))
+
+
+def map_networks(node: Node, edit: Callable[[Network], Network]) -> Node:
+    """A node with its network, or every case of its switch, replaced; an opaque node as it is."""
+    if isinstance(node, Opaque):
+        return node
+    return replace(node, cases=tuple(map(edit, node.cases))) if isinstance(node, Switch) else edit(node)

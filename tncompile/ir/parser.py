@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tncompile.errors import ParseError
-from tncompile.ir.core import Arg, Array, Index, Network, Node, Opaque, Program, Step, Tensor, Term, Tree, Value
+from tncompile.ir.core import Arg, Array, Index, Network, Node, Opaque, Program, Step, Switch, Tensor, Term, Tree, Value
 from tncompile.ir.cursor import NAME, Cursor
 from tncompile.ir.dims import Dim
 
@@ -62,7 +62,7 @@ class _Parser:
         nodes: list[Node] = []
         outputs: list[tuple[str, str]] = []
         weights: dict[str, Array] = {}
-        while found := self.line("input", "weight", "network", "opaque", "output"):
+        while found := self.line("input", "weight", "network", "opaque", "switch", "output"):
             keyword, line = found
             if keyword == "input":
                 inputs.append(line.value())
@@ -79,9 +79,9 @@ class _Parser:
                 outputs.append((public, line.name("the name of a value")))
                 line.end()
             else:
-                nodes.append(self.network(line) if keyword == "network" else self.opaque(line))
+                nodes.append(self.node(keyword, line))
         if self.position < len(self.lines):
-            raise self.missing("'input', 'weight', 'network', 'opaque' or 'output'")
+            raise self.missing("'input', 'weight', 'network', 'opaque', 'switch' or 'output'")
         return Program(tuple(inputs), tuple(nodes), tuple(outputs), weights)
 
     def array(self, name: str, dtype: str, shape: tuple[Dim, ...] | None, line: Cursor, at: int) -> Array:
@@ -126,6 +126,29 @@ class _Parser:
 
         args = tuple(a for found in line.items(")", argument) for a in found)
         return Opaque(name, target, args, tuple(kwargs), value, line.end())
+
+    def node(self, keyword: str, line: Cursor) -> Node:
+        if keyword == "network":
+            return self.network(line)
+        return self.opaque(line) if keyword == "opaque" else self.switch(line)
+
+    def switch(self, header: Cursor) -> Switch:
+        symbol = header.name("a symbolic size")
+        header.expect("<=")
+        limits = [header.integer("a size")]
+        while header.accept(","):
+            at = header.at
+            limits.append(header.integer("a size"))
+            if limits[-1] <= limits[-2]:
+                raise header.error("the limits of a switch increase", at)
+        header.end()
+        cases = []
+        for _ in range(len(limits) + 1):
+            found = self.line("network")
+            if found is None:
+                raise self.missing("'network', a case of the switch")
+            cases.append(self.network(found[1]))
+        return Switch(symbol, tuple(limits), tuple(cases))
 
     def header(self, line: Cursor) -> tuple[Value, str]:
         value = line.value()

@@ -16,10 +16,14 @@
         term
           0 core fc1.bias[(o1 o2)]
         -> h[batch, (o1 o2)]
+      switch batch <= 8
+        network ...
+        network ...
       opaque relu: float32[batch, 1024] = aten.relu.default(%h)
       output y = relu
 
-A network is the sum of its terms; `layer` names the module that it stands for. Brackets hold one entry for each
+The networks behind a `switch`, one more than it has limits, all compute the same value, each for sizes up to its
+limit. A network is the sum of its terms; `layer` names the module that it stands for. Brackets hold one entry for each
 physical axis; ``(i1 i2)`` is an axis that groups several indices, ``()`` one of size 1. `order` and the steps
 number the tensors of their term, then the results of earlier steps. ``%h`` is a value or a weight; a bare word
 in the arguments of an opaque node is a constant of torch's. A name that is not a plain word is a JSON string.
@@ -33,7 +37,7 @@ import json
 from collections.abc import Iterator
 
 from tncompile.errors import SourceRef
-from tncompile.ir.core import Arg, Constant, Node, Opaque, Program, Ref, Tensor, Tree, Value, left_to_right
+from tncompile.ir.core import Arg, Constant, Node, Opaque, Program, Ref, Switch, Tensor, Tree, Value, left_to_right
 from tncompile.ir.cursor import NAME, RESERVED, SPELLING, is_plain_dim
 from tncompile.ir.dims import Dim
 from tncompile.ir.parser import parse
@@ -64,6 +68,11 @@ def _node_lines(node: Node, sources: bool) -> Iterator[str]:
     if isinstance(node, Opaque):
         args = [_arg(a) for a in node.args] + [f"{_name(k)}={_arg(v)}" for k, v in node.kwargs]
         yield f"opaque {_value(node.output)}{layer} = {_name(node.target)}({', '.join(args)}){comment}"
+        return
+    if isinstance(node, Switch):
+        yield f"switch {_name(node.symbol)} <= {', '.join(map(str, node.limits))}"
+        for case in node.cases:
+            yield from (f"  {line}" for line in _node_lines(case, sources))
         return
     yield f"network {_value(node.value)}{layer}{comment}"
     # dict keys, not node.indices: the text of a network that gives an index two sizes must show both

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import numpy as np
 
 from tncompile.errors import VerificationError
-from tncompile.ir.core import Array, Network, Opaque, Program, Tensor, Term, Value
+from tncompile.ir import dims
+from tncompile.ir.core import Array, Network, Node, Opaque, Program, Step, Switch, Tensor, Term, Value, networks_of
 from tncompile.ir.evaluate import flatten
 
 Stage = Literal["traced", "scheduled"]
@@ -29,8 +31,10 @@ def verify(program: Program, stage: Stage = "traced") -> None:
         for name in node.inputs:
             if name not in defined and not (isinstance(node, Opaque) and name in program.weights):
                 raise _error(node, f"reads {name!r}, which nothing before it defines")
-        if isinstance(node, Network):
-            _verify_network(node, defined, arrays, stage)
+        if isinstance(node, Switch):
+            _verify_switch(node, program)
+        for network in networks_of(node):
+            _verify_network(network, defined, arrays, stage)
         _define(node.value, defined, node)
     if len({public for public, _ in program.outputs}) < len(program.outputs):
         raise VerificationError("two outputs have the same name")
@@ -42,7 +46,7 @@ def verify(program: Program, stage: Stage = "traced") -> None:
             raise VerificationError(f"output {public!r} shows {name!r}, which nothing defines")
 
 
-def _error(node: Network | Opaque | None, message: str) -> VerificationError:
+def _error(node: Node | None, message: str) -> VerificationError:
     if node is None:
         return VerificationError(message)
     from tncompile.ir import text
@@ -50,7 +54,7 @@ def _error(node: Network | Opaque | None, message: str) -> VerificationError:
     return VerificationError(f"{node.name or node.value.name}: {message}\n{text.dump_node(node)}", node.source)
 
 
-def _define(value: Value, defined: dict[str, Value], node: Network | Opaque | None) -> None:
+def _define(value: Value, defined: dict[str, Value], node: Node | None) -> None:
     if value.name in defined:
         raise _error(node, f"value {value.name!r} is defined twice")
     defined[value.name] = value
@@ -80,6 +84,17 @@ def _verify_network(network: Network, defined: dict[str, Value], arrays: dict[st
             _verify_steps(network, term)
 
 
+def _verify_switch(switch: Switch, program: Program) -> None:
+    if len(switch.cases) != len(switch.limits) + 1 or not switch.limits:
+        raise _error(switch, f"{len(switch.cases)} cases for {len(switch.limits)} limits")
+    if any(a >= b for a, b in itertools.pairwise((0, *switch.limits))):
+        raise _error(switch, "the limits do not increase")
+    if any((case.value, case.name) != (switch.value, switch.name) for case in switch.cases):
+        raise _error(switch, "the cases do not compute the same value")
+    if not any(switch.symbol in dims.symbols(size) for value in program.inputs for size in value.shape or ()):
+        raise _error(switch, f"no input shows the size {switch.symbol}")
+
+
 def _verify_tensor(network: Network, tensor: Tensor, defined: dict[str, Value], arrays: dict[str, Array]) -> None:
     if tensor.data is None:
         value = defined[tensor.name]
@@ -100,11 +115,23 @@ def _verify_steps(network: Network, term: Term) -> None:
     if term.steps is None:
         raise _error(network, "a term has no schedule")
     live = set(range(len(term.tensors)))
+    layouts = {p: {i.name for i in t.indices} for p, t in enumerate(term.tensors)}
     for number, step in enumerate(term.steps, start=len(term.tensors)):
         for side in (step.left, step.right):
             if side not in live:
                 raise _error(network, f"step {number} reads {side}, which is not there (any more)")
             live.remove(side)
         live.add(number)
+        _verify_step_order(network, layouts, step, number)
     if len(live) != 1:
         raise _error(network, f"the schedule leaves {len(live)} tensors, not one")
+
+
+def _verify_step_order(network: Network, layouts: dict[int, set[str]], step: Step, number: int) -> None:
+    """A step's result has the indices of its two sides that something else still needs, each once."""
+    both = layouts.pop(step.left) | layouts.pop(step.right)
+    needed = {i.name for i in network.output.indices}.union(*layouts.values())
+    if len({*step.order}) < len(step.order) or {*step.order} != both & needed:
+        wanted = " ".join(sorted(both & needed))
+        raise _error(network, f"step {number} leaves [{' '.join(step.order)}]; its sides give {wanted}")
+    layouts[number] = {*step.order}

@@ -1,0 +1,96 @@
+"""Which candidate serves which batch sizes: one for all where that costs little, else a few with limits between."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tncompile.passes.plans import DENSE, Candidate, best_of
+
+PLAN_PENALTY = 0.03
+"""How much slower than the best a plan may be at some batch size before another plan is worth its bytes."""
+
+MAX_SWITCHED = 6
+"""Of more batch sizes than these, neighbours are planned together."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`plans[k]` serves batch sizes up to `limits[k]`, the last all beyond."""
+
+    plans: tuple[Candidate, ...]
+    limits: tuple[int, ...] = ()
+
+    def plan_for(self, size: int | None) -> Candidate:
+        """The plan that serves a batch size; None is a size beyond all limits."""
+        return self.plans[-1] if size is None else self.plans[sum(limit < size for limit in self.limits)]
+
+
+def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: float, margin: float) -> Choice:
+    """The plans with the least worst ratio to the best candidate of each batch size.
+
+    More plans than one cost `branch` seconds a call (inf: are not possible). A candidate must be faster than the
+    dense layer by `margin` at every batch size that it serves, as its time is a prediction.
+    """
+    dense = best_of(candidates, DENSE)
+
+    def allowed(candidate: Candidate, k: int) -> bool:
+        if dense is None or candidate.label == DENSE:
+            return True
+        return candidate.times[k] * (1 + margin) <= dense.times[k]
+
+    fastest = [min(c.times[k] for c in candidates if allowed(c, k)) for k in range(len(batches))]
+
+    def best_for(part: range, extra: float) -> tuple[float, Candidate]:
+        fits = [c for c in candidates if all(allowed(c, k) for k in part)]
+        return min(
+            ((max((c.times[k] + extra) / max(fastest[k], 1e-12) for k in part), c) for c in fits),
+            key=lambda found: (found[0], sum(found[1].times)),
+        )
+
+    def worth(parts: Sequence[range]) -> tuple[float, list[Candidate]]:
+        extra = branch if len(parts) > 1 else 0.0
+        found = [best_for(part, extra) for part in parts]
+        return max(ratio for ratio, _ in found) + PLAN_PENALTY * (len(parts) - 1), [c for _, c in found]
+
+    options = list(_partitions(len(batches))) if math.isfinite(branch) else [[range(len(batches))]]
+    parts, (_, plans) = min(((p, worth(p)) for p in options), key=lambda option: option[1][0])
+    groups = [(p, c) for p, c in zip(parts, plans, strict=True)]
+    merged = [groups[0]]
+    for part, plan in groups[1:]:
+        if plan is merged[-1][1]:
+            merged[-1] = (range(merged[-1][0].start, part.stop), plan)
+        else:
+            merged.append((part, plan))
+    limits = []
+    for (a, first), (b, second) in itertools.pairwise(merged):
+        low, high = a.stop - 1, b.start
+        between = (_interpolated(plan, low, high, batches) for plan in (first, second))
+        limits.append(crossing(batches[low], batches[high], *between))
+    return Choice(tuple(plan for _, plan in merged), tuple(limits))
+
+
+def _partitions(count: int) -> Iterator[list[range]]:
+    """All ways to cut a row of batch sizes into neighbouring parts, fewest parts first."""
+    places = range(1, count) if count <= MAX_SWITCHED else range(count // MAX_SWITCHED, count, count // MAX_SWITCHED)
+    for number in range(len(places) + 1):
+        for cuts in itertools.combinations(places, number):
+            edges = (0, *cuts, count)
+            yield [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _interpolated(plan: Candidate, low: int, high: int, batches: Sequence[int]) -> Callable[[int], float]:
+    """Seconds between two batch sizes, given by their positions, along a power of the size."""
+    start, x, y = batches[low], max(plan.times[low], 1e-12), max(plan.times[high], 1e-12)
+    slope = math.log(y / x) / math.log(batches[high] / start)
+    return lambda size: float(x * (size / start) ** slope)
+
+
+def crossing(low: int, high: int, first: Callable[[int], float], second: Callable[[int], float]) -> int:
+    """The largest size in [low, high) at which the first plan is still the faster one, by bisection."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if first(middle) <= second(middle) else (low, middle)
+    return low

@@ -1,0 +1,60 @@
+"""What `order` says of a choice: the plans, what they are predicted or measured to take, and what the others would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tncompile.ir import Network, Term
+from tncompile.passes.base import Change, Context
+from tncompile.passes.choice import Choice
+from tncompile.passes.plans import DENSE, TRACED, Candidate, best_of, label_of
+
+
+def explain(
+    network: Network,
+    before: Term,
+    choice: Choice,
+    after: Sequence[Term],
+    candidates: Sequence[Candidate],
+    context: Context,
+) -> Change:
+    """The change that a choice is: `after` has the term as each of its plans computes it."""
+    what = "; ".join(f"{serves}{_what(before, term)}" for serves, term in zip(_serves(choice), after, strict=True))
+    plan, batch = choice.plans[-1], context.batches[-1]
+    others = [
+        f"{name} {microseconds(other.times[-1])}"
+        for name, other in ((label, best_of(candidates, label)) for label in (DENSE, TRACED))
+        if other is not None and other.tree != plan.tree
+    ]
+    kind = "measured" if plan.measured else "predicted"
+    why = f"{kind} {microseconds(plan.times[-1])} at batch {batch}; {', '.join(others)}" if others else ""
+    ranked = sorted(candidates, key=lambda c: sum(c.times), reverse=True)  # of equal labels the best stays
+    tried = {c.label or label_of(before, c.tree): _rounded(c.seconds) for c in ranked}
+    details = {"batches": context.batches, "microseconds": tried}
+    if plan.measured:
+        details["measured"] = {c.label or label_of(before, c.tree): _rounded(c.measured) for c in ranked}
+    return Change(network.output.name, what, why, details=details)
+
+
+def _serves(choice: Choice) -> list[str]:
+    if not choice.limits:
+        return [""]
+    return [*(f"up to batch {limit}: " for limit in choice.limits), "beyond: "]
+
+
+def _what(before: Term, after: Term) -> str:
+    merged = len(before.cores) - len(after.cores)
+    if len(after.cores) == 1 and merged:
+        return f"folded to dense: {len(before.cores)} cores are one"
+    order = f"order {label_of(after, after.order)}"
+    return f"{order}, {len(before.cores)} cores are {len(after.cores)}" if merged else order
+
+
+def _rounded(seconds: Sequence[float]) -> list[float]:
+    return [round(s * 1e6, 3) for s in seconds]
+
+
+def microseconds(seconds: float) -> str:
+    """``12.3 µs``, ``4.56 ms``, ``7.89 s``."""
+    unit, factor = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("µs", 1e6))
+    return f"{seconds * factor:.3g} {unit}"
