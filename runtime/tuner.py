@@ -102,7 +102,7 @@ class Tuner:
             if turn == 1:
                 best = min(min(samples[n]) for n in order) if order else 0.0
                 order = [n for n in order if min(samples[n]) <= HOPELESS * best]
-            if turn >= 4 and time.perf_counter() > end or turn >= 60 or not order:
+            if (turn >= 4 and time.perf_counter() > end) or turn >= 60 or not order:
                 break
         return [float(np.median(s[1:] if len(s) > 1 else s)) for s in (samples[n] for n in range(len(networks)))]
 

@@ -1,0 +1,228 @@
+"""How far the planner's plans are from the best ones: every tree, merge and layout of small networks, all timed.
+
+    python -m benchmarks.oracle [--only TEXT] [--batch 1,32,256] [--tune SECONDS] [--out FILE]
+
+For every layer of `benchmarks.zoo` and every batch size, all ways to contract it are written as ONNX: each order in
+which the operand may meet groups of merged cores, each with its cheapest layouts. All are timed once, the best of
+them, the planner's own plan and the tuner's in turns. *Regret* is how much longer a plan takes than the best of all;
+the rank correlation (Spearman's) is between predicted and measured times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+
+from benchmarks.zoo import Layer, layers
+from tncompile.cost.profile import DeviceProfile
+from tncompile.emit.program import network_model
+from tncompile.ir import Network, Switch, Term, Tree
+from tncompile.ir.core import left_to_right
+from tncompile.passes import Context, Order
+from tncompile.passes.plans import merge_constants, scheduler
+from tncompile.runtime.device import profile_for
+from tncompile.runtime.session import Session
+from tncompile.runtime.timing import race
+from tncompile.runtime.tuner import Tuner
+
+FOLLOWED = 6.0
+"""Ways predicted to take over this many times the best prediction are not timed, but for a sample of them."""
+
+SAMPLE = 24
+FINALISTS = 12
+
+
+@dataclass(frozen=True)
+class Result:
+    """One layer at one batch size: microseconds of the best way, of the planner's and of the tuner's."""
+
+    layer: str
+    batch: int
+    ways: int
+    timed: int
+    best: float
+    planned: float
+    tuned: float | None
+    correlation: float
+
+    @property
+    def regret(self) -> float:
+        """Of the plan chosen by prediction."""
+        return self.planned / self.best - 1
+
+    @property
+    def tuned_regret(self) -> float | None:
+        """Of the plan chosen by the tuner."""
+        return None if self.tuned is None else self.tuned / self.best - 1
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a layer, as a scheduled network, and its predicted seconds."""
+
+    network: Network
+    seconds: float
+
+
+def trees(count: int) -> Iterator[Tree]:
+    """Every order in which one operand (position 0) meets groups of cores (the others) merged before."""
+    for groups in _ordered_partitions(tuple(range(1, count))):
+        yield left_to_right([0, *(left_to_right(group) for group in groups)])
+
+
+def _ordered_partitions(items: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    if not items:
+        yield ()
+        return
+    for size in range(1, len(items) + 1):
+        for first in itertools.combinations(items, size):
+            rest = tuple(i for i in items if i not in first)
+            yield from ((first, *others) for others in _ordered_partitions(rest))
+
+
+def ways(network: Network, context: Context, batch: int, layouts: int) -> list[Way]:
+    """Every tree with its cheapest few layouts, by predicted time."""
+    (term,) = network.terms
+    found: dict[tuple[object, ...], Way] = {}
+    for tree in trees(len(term.tensors)):
+        merged = merge_constants(network, term, tree, shapes_only=True)
+        if max(c.data.size for c in merged.cores if c.data is not None) > 1 << 26:
+            continue
+        for schedule in scheduler(network, merged, context, batch).schedules(merged.order, layouts):
+            whole = replace(network, terms=(replace(merged, steps=schedule.steps),))
+            found[tree, schedule.steps] = Way(whole, schedule.seconds)
+    return sorted(found.values(), key=lambda way: way.seconds)
+
+
+def _model(network: Network) -> bytes:
+    generator = np.random.default_rng(0)
+
+    def filled(term: Term) -> Term:
+        tensors = [
+            t if t.data is None else replace(t, data=generator.standard_normal(t.data.shape).astype(np.float32))
+            for t in term.tensors
+        ]
+        return replace(term, tensors=tuple(tensors))
+
+    model = network_model(replace(network, terms=tuple(map(filled, network.terms))))
+    data: bytes = onnx_ir.to_proto(model).SerializeToString()
+    return data
+
+
+def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts: int) -> Result:
+    """Time all ways of a layer, and the planner's and the tuner's plans among the best of them."""
+    program = layer.program()
+    (network,) = program.networks
+    context = Context((batch,), profile=profile)
+    everything = ways(network, context, batch, layouts)
+    near = [w for w in everything if w.seconds <= FOLLOWED * everything[0].seconds]
+    far = everything[len(near) :]
+    chosen = [*near, *far[:: max(1, len(far) // SAMPLE)]]
+    shape = (batch, int(np.prod([layer.sizes[n] for n in layer.operand])))
+    feeds = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
+    first = []
+    for way in chosen:
+        session = Session(_model(way.network))
+        first.append(_quick(session, feeds))
+    plans = {"planned": _planned(program, context)}
+    if tune:
+        plans["tuned"] = _planned(program, replace(context, timer=Tuner(tune, "oracle", store=False)))
+    finalists = sorted(range(len(chosen)), key=lambda k: first[k])[:FINALISTS]
+    sessions = {str(k): Session(_model(chosen[k].network)) for k in finalists}
+    sessions |= {name: Session(_model(plan)) for name, plan in plans.items()}
+    calls = {name: (lambda s=session: s.run(feeds)) for name, session in sessions.items()}
+    raced = race(calls, rounds=40, budget_s=4.0)
+    times = {name: raced.median(name) * 1e3 for name in calls}
+    return Result(
+        layer.name,
+        batch,
+        len(everything),
+        len(chosen),
+        min(times.values()),
+        times["planned"],
+        times.get("tuned"),
+        _spearman([w.seconds for w in chosen], first),
+    )
+
+
+def _planned(program: object, context: Context) -> Network:
+    after, _ = Order().run(program, context)  # type: ignore[arg-type]
+    (node,) = after.nodes
+    assert isinstance(node, Network | Switch)
+    return node.case(context.batches[0]) if isinstance(node, Switch) else node
+
+
+def _quick(session: Session, feeds: dict[str, np.ndarray]) -> float:
+    """Seconds of a call: the best of a few."""
+    session.run(feeds)
+    best = []
+    end = time.perf_counter() + 0.004
+    while len(best) < 3 or (time.perf_counter() < end and len(best) < 200):
+        start = time.perf_counter()
+        session.run(feeds)
+        best.append(time.perf_counter() - start)
+        if best[-1] > 0.1:
+            break
+    return statistics.median(best)
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    if len(a) < 3:
+        return 1.0
+    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Medians and worst cases in a few lines."""
+    lines = [f"{len({r.layer for r in results})} layers, {len(results)} cases, {sum(r.timed for r in results)} ways timed"]
+    groups = {"by prediction": [r.regret for r in results]}
+    groups["with --tune"] = [r.tuned_regret for r in results if r.tuned_regret is not None]
+    for name, regrets in groups.items():
+        if regrets:
+            median, high = np.median(regrets), np.quantile(regrets, 0.9)
+            lines.append(f"regret {name}: median {median:.1%}, 90 % below {high:.1%}, worst {max(regrets):.1%}")
+    correlations = [r.correlation for r in results if r.timed >= 8]
+    lines.append(f"rank correlation: median {np.median(correlations):.3f}, lowest {min(correlations):.3f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="layers whose name has this in it")
+    parser.add_argument("--batch", default="1,32,256", help="batch sizes (default 1,32,256)")
+    parser.add_argument("--tune", type=float, default=2.0, metavar="SECONDS", help="for each plan; 0: no tuner")
+    parser.add_argument("--layouts", type=int, default=4, help="layouts of each tree (default 4)")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    options = parser.parse_args()
+    profile = profile_for()
+    results = []
+    for layer in layers():
+        if options.only not in layer.name:
+            continue
+        for batch in map(int, options.batch.split(",")):
+            result = judge(layer, batch, profile, options.tune, options.layouts)
+            tuned = "" if result.tuned_regret is None else f", tuned {result.tuned_regret:+.1%}"
+            print(
+                f"{layer.name}, batch {batch}: best {result.best:.1f} µs of {result.timed}, "
+                f"planned {result.regret:+.1%}{tuned}, rank correlation {result.correlation:.2f}",
+                flush=True,
+            )
+            results.append(result)
+    print(summary(results))
+    if options.out:
+        options.out.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
