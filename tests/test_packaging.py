@@ -26,7 +26,7 @@ LAYERS = (
     ("runtime",),
     ("inspect",),
     ("compiler",),
-    ("cli",),
+    ("cli", "commands"),
     ("__init__", "__main__"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
