@@ -31,8 +31,9 @@ def held_out(profile: DeviceProfile, count: int = 25, seed: int = 1) -> Iterator
         while found < count:
             exponents = [draw.uniform(math.log(axis[0]), math.log(axis[-1])) for axis in grid.axes]
             point = tuple(round(math.exp(e)) for e in exponents)
-            if name == "copy":
-                point = (point[0] * 4,)
+            if name in ("moved", "shuffled"):  # a number of blocks that is a product of like factors
+                side = round(point[0] ** (1 / 3)) + 1
+                point = (side * (side + 1) * (side + 2), point[1])
             primitive = PRIMITIVES[name](*point)
             if primitive.work > 2 * grid.work or point in grid.points():
                 continue
@@ -62,15 +63,15 @@ def predicted(profile: DeviceProfile, name: str, sizes: tuple[int, ...]) -> floa
         case "reduce":
             return profile.reduce_time(*sizes, 4)
         case "copy":
-            return profile.copy_time(*sizes, 4)
+            return profile.copy_time(sizes[0], 4)
         case _:
             return profile.stream_time(sizes[0] // 4, 4)
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
     """Spearman's: the correlation of the ranks."""
-    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(values)) for values in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def main() -> None:
@@ -90,9 +91,9 @@ def main() -> None:
     print(f"{'table':10s} {'points':>6s} {'median error':>13s} {'worst':>7s} {'rank correlation':>17s}")
     rows = [(name, guess, measured) for (name, _, guess, _), measured in zip(items, times, strict=True)]
     for name in [*dict.fromkeys(r[0] for r in rows), "all"]:
-        guesses, measured = (list(v) for v in zip(*((g, m) for n, g, m in rows if name in (n, "all")), strict=True))
-        errors = [abs(g / m - 1) for g, m in zip(guesses, measured, strict=True)]
-        rank = rank_correlation(guesses, measured)
+        chosen = [r for r in rows if name in (r[0], "all")]
+        errors = [abs(guess / measured - 1) for _, guess, measured in chosen]
+        rank = rank_correlation([r[1] for r in chosen], [r[2] for r in chosen])
         print(f"{name:10s} {len(errors):6d} {np.median(errors):13.1%} {max(errors):7.0%} {rank:17.3f}")
 
 

@@ -37,11 +37,14 @@ _SLACK, _THREADS_S, _SLOWEST = 1.1, 5e-6, 10e9
 
 @dataclass(frozen=True)
 class Grid:
-    """The sizes at which a table is measured; points of more `work` than that are extrapolated."""
+    """The sizes at which a table is measured; points of more `work` than that are extrapolated.
+
+    Along the first `monotone` axes (all, by default) no more work takes less time.
+    """
 
     axes: tuple[tuple[int, ...], ...]
     work: int
-    monotone: bool = True
+    monotone: int | None = None
 
     def points(self) -> list[tuple[int, ...]]:
         """All points, last axis fastest."""
@@ -60,11 +63,11 @@ GRIDS: dict[str, Grid] = {
     ),
     "batched": Grid(((1, 2, 16, 256), (*_WIDTHS, 1024), (*_WIDTHS, 1024), (1, 4, 8, 16, 32, 64, 256, 1024)), 1 << 23),
     "conv": Grid(((1, 16, 256), (4, 16, 64, 256), (4, 16, 64, 256), (1, 4, 16, 64, 256, 1024)), 1 << 24),
-    "swap": Grid(((1, 16, 1024), (2, 4, 8, 16, 64, 256, 4096), (2, 4, 8, 16, 64, 256, 4096)), 1 << 19, monotone=False),
+    "swap": Grid(((1, 2, 16, 256), (2, 4, 8, 16, 64, 256, 4096), (2, 4, 8, 16, 64, 256, 4096)), 1 << 19, monotone=1),
     "moved": Grid(((16, 256, 4096, 65536), (2, 3, 4, 8, 16, 64, 256, 1024)), 1 << 20),
     "shuffled": Grid(((16, 256, 4096, 65536), (1, 2, 4, 8, 16, 64, 256, 1024)), 1 << 20),
     "multiply": Grid(((1, 16, 256, 4096, 65536), (1, 4, 16, 64, 256, 4096, 65536)), 1 << 20),
-    "reduce": Grid(((1, 16, 256, 4096), (4, 16, 64, 256), (1, 4, 16, 64, 256)), 1 << 20),
+    "reduce": Grid(((1, 16, 256, 4096), (4, 16, 64, 256), (1, 2, 16, 64, 256)), 1 << 20),
     "copy": Grid((tuple(4**k for k in range(2, 13)),), 1 << 25),
     "read": Grid((tuple(1 << k for k in range(12, 28)),), 1 << 25),
 }
@@ -175,8 +178,8 @@ def fill(name: str, known: dict[tuple[int, ...], float]) -> Table:
     """A whole table from its measured points.
 
     What was not measured grows in proportion from its neighbours below. A measured time can only be too long, so
-    each is lowered to what its neighbours allow: where the table is `monotone`, more work takes no less time, and
-    r times the work takes at most r times as long, but for threads that start and caches that end.
+    each is lowered to what its neighbours allow: where the grid is `monotone`, more work takes no less time, and r
+    times the work takes at most r times as long, but for threads that start and caches that end.
     """
     grid = GRIDS[name]
     axes = grid.axes
@@ -196,9 +199,8 @@ def fill(name: str, known: dict[tuple[int, ...], float]) -> Table:
         else:
             raise ValueError(f"{name} was not measured at {point}")
     array = np.array([*seconds.values()]).reshape([len(axis) for axis in axes])
-    if grid.monotone:
-        for axis in range(array.ndim):
-            array = np.flip(np.minimum.accumulate(np.flip(array, axis), axis), axis)
+    for k in range(array.ndim)[: grid.monotone]:
+        array = np.flip(np.minimum.accumulate(np.flip(array, k), k), k)
     return Table(axes, tuple(array.ravel().tolist()))
 
 

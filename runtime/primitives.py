@@ -73,7 +73,8 @@ def _model(inputs: list[onnx.Value], nodes: list[onnx.Node], constants: list[onn
     output = nodes[-1].outputs[0]
     output.name, output.type = "y", onnx.TensorType(onnx.DataType.FLOAT)
     graph = onnx.Graph(inputs, [output], nodes=nodes, initializers=constants, opset_imports={"": 20})
-    return onnx.to_proto(onnx.Model(graph, ir_version=10)).SerializeToString()
+    data: bytes = onnx.to_proto(onnx.Model(graph, ir_version=10)).SerializeToString()
+    return data
 
 
 def steps_model(count: int) -> bytes:

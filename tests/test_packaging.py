@@ -26,7 +26,8 @@ LAYERS = (
     ("runtime",),
     ("inspect",),
     ("compiler",),
-    ("cli", "commands"),
+    ("commands",),
+    ("cli",),
     ("__init__", "__main__"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

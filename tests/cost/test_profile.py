@@ -63,10 +63,8 @@ def test_more_work_is_not_much_cheaper(
 @pytest.mark.parametrize("profile", PROFILES, ids=["cpu", "cuda"])
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.tuples(SIZE, SIZE, SIZE), axis=st.integers(0, 2), more=st.integers(2, 16))
-def test_moving_more_is_not_much_cheaper(
-    profile: DeviceProfile, sizes: tuple[int, ...], axis: int, more: int
-) -> None:
-    outer, summed, inner = sizes
+def test_moving_more_is_not_much_cheaper(profile: DeviceProfile, sizes: tuple[int, ...], axis: int, more: int) -> None:
+    outer, _, inner = sizes
     larger = tuple(size * more if k == axis else size for k, size in enumerate(sizes))
     if inner > 1:  # a last axis has a kernel of its own
         assert 0 < profile.reduce_time(*sizes, 4) <= profile.reduce_time(*larger, 4) * 1.001

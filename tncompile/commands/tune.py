@@ -73,7 +73,15 @@ def show(profile: DeviceProfile, console: Console) -> None:
     from rich.table import Table
 
     gflops = Table(
-        "m × k × n", "by a core", "batched ×16", "", "moved", "GB/s", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+        "m × k × n",
+        "by a core",
+        "batched ×16",
+        "",
+        "moved",
+        "GB/s",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
     )
     moves = [
         ("copy of 64 KB", 2, profile.copy_time(1 << 14, 4), 1 << 16),
@@ -84,7 +92,15 @@ def show(profile: DeviceProfile, console: Console) -> None:
         ("256 of 64×64 transposed", 2, profile.permute_time(1 << 20, 1, 4, single=True, swap=(64, 64)), 1 << 22),
         ("axes reversed", 2, profile.permute_time(1 << 16, 1, 4), 1 << 18),
     ]
-    shapes = [(1, 256, 256), (1, 1024, 1024), (32, 512, 512), (256, 64, 64), (4096, 16, 16), (256, 512, 512), (16, 16, 16)]
+    shapes = [
+        (1, 256, 256),
+        (1, 1024, 1024),
+        (32, 512, 512),
+        (256, 64, 64),
+        (4096, 16, 16),
+        (256, 512, 512),
+        (16, 16, 16),
+    ]
     for (m, k, n), (label, times, seconds, size) in zip(shapes, moves, strict=True):
         flops = 2e-9 * m * k * n
         gflops.add_row(

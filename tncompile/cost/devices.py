@@ -85,10 +85,7 @@ def stored_path(device: str = "cpu") -> Path:
 
 def machine(device: str = "cpu") -> str:
     """What a profile belongs to: ``cpu, AMD EPYC, 2 cores, onnxruntime 1.31.1``."""
-    if device == "cpu":
-        place = f"{_processor()}, {_cores()} cores"
-    else:
-        place = _gpu()
+    place = f"{_processor()}, {_cores()} cores" if device == "cpu" else _gpu()
     return f"{device}, {place}, onnxruntime {_runtime()}"
 
 

@@ -229,9 +229,7 @@ class Scheduler:
         full = (*x, *c.right)
         here = {*y}
         run = 1  # of the last modes, those that stand on the same sides
-        while run < len(full) and all(
-            (full[-1 - run] in s) == (full[-1] in s) for s in (here, {*x})
-        ):
+        while run < len(full) and all((full[-1 - run] in s) == (full[-1] in s) for s in (here, {*x})):
             run += 1
         length = self.size(full[len(full) - run :])
         seconds = self.profile.multiply_time(self.size(full) // length, length, self.itemsize)

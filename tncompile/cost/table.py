@@ -36,27 +36,27 @@ class Table:
 
     def __call__(self, *sizes: float) -> float:
         """Seconds at some sizes, one for each axis."""
-        corners = [(0, 1.0)]
-        scale = 1.0
+        corner, scale = 0, 1.0
+        between = []
         for size, axis, stride in zip(sizes, self.axes, self._strides, strict=True):
             if size >= axis[-1]:
                 scale *= size / axis[-1]
-                shift = (len(axis) - 1) * stride
-                corners = [(c + shift, w) for c, w in corners]
+                corner += (len(axis) - 1) * stride
                 continue
             low = bisect_right(axis, size) - 1
-            if low < 0 or size == axis[low]:
-                shift = max(low, 0) * stride
-                corners = [(c + shift, w) for c, w in corners]
+            if low < 0:
                 continue
-            share = (size - axis[low]) / (axis[low + 1] - axis[low])
-            shift = low * stride
-            corners = [
-                *((c + shift, w * (1 - share)) for c, w in corners),
-                *((c + shift + stride, w * share) for c, w in corners),
-            ]
-        seconds = self.seconds
-        return scale * sum([seconds[c] * w for c, w in corners])
+            corner += low * stride
+            if size != axis[low]:
+                between.append((stride, (size - axis[low]) / (axis[low + 1] - axis[low])))
+        corners = [corner]
+        for stride, _ in between:
+            corners += [c + stride for c in corners]
+        values = [self.seconds[c] for c in corners]
+        for _, share in reversed(between):
+            half = len(values) // 2
+            values = [a + (b - a) * share for a, b in zip(values[:half], values[half:], strict=True)]
+        return scale * values[0]
 
     def points(self) -> Iterator[tuple[tuple[int, ...], float]]:
         """Each point of the grid with its time."""
