@@ -62,6 +62,8 @@ def predicted(profile: DeviceProfile, name: str, sizes: tuple[int, ...]) -> floa
             return profile.multiply_time(*sizes, 4)
         case "reduce":
             return profile.reduce_time(*sizes, 4)
+        case "reduce_last":
+            return profile.reduce_time(sizes[0], sizes[1], 1, 4)
         case "copy":
             return profile.copy_time(sizes[0], 4)
         case _:
@@ -87,14 +89,14 @@ def main() -> None:
     _, times = Stopwatch([p for _, p, _, _ in items]).run(options.seconds)
     if options.list:
         for (name, _, guess, sizes), measured in zip(items, times, strict=True):
-            print(f"{name:10s} {'x'.join(map(str, sizes)):20s} {measured * 1e6:10.2f} µs {guess * 1e6:10.2f} µs")
-    print(f"{'table':10s} {'points':>6s} {'median error':>13s} {'worst':>7s} {'rank correlation':>17s}")
+            print(f"{name:11s} {'x'.join(map(str, sizes)):20s} {measured * 1e6:10.2f} µs {guess * 1e6:10.2f} µs")
+    print(f"{'table':11s} {'points':>6s} {'median error':>13s} {'worst':>7s} {'rank correlation':>17s}")
     rows = [(name, guess, measured) for (name, _, guess, _), measured in zip(items, times, strict=True)]
     for name in [*dict.fromkeys(r[0] for r in rows), "all"]:
         chosen = [r for r in rows if name in (r[0], "all")]
         errors = [abs(guess / measured - 1) for _, guess, measured in chosen]
         rank = rank_correlation([r[1] for r in chosen], [r[2] for r in chosen])
-        print(f"{name:10s} {len(errors):6d} {np.median(errors):13.1%} {max(errors):7.0%} {rank:17.3f}")
+        print(f"{name:11s} {len(errors):6d} {np.median(errors):13.1%} {max(errors):7.0%} {rank:17.3f}")
 
 
 if __name__ == "__main__":

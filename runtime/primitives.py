@@ -145,9 +145,12 @@ def multiply(spans: int, length: int) -> Primitive:
 
 def reduce(outer: int, summed: int, inner: int) -> Primitive:
     """A sum over the axis in the middle."""
-    if inner == 1:  # the last axis has a kernel of its own
-        return Primitive("ReduceSum", ((outer, summed),), (outer,), outer * summed, axis=1)
     return Primitive("ReduceSum", ((outer, summed, inner),), (outer, inner), outer * summed * inner, axis=1)
+
+
+def reduce_last(rows: int, summed: int) -> Primitive:
+    """A sum over the last axis."""
+    return Primitive("ReduceSum", ((rows, summed),), (rows,), rows * summed, axis=1)
 
 
 def copy(elements: int) -> Primitive:
@@ -178,6 +181,7 @@ PRIMITIVES: Mapping[str, Callable[..., Primitive]] = MappingProxyType(
         "shuffled": shuffled,
         "multiply": multiply,
         "reduce": reduce,
+        "reduce_last": reduce_last,
         "copy": copy,
         "read": read,
     }

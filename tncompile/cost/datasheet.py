@@ -54,6 +54,7 @@ def from_datasheet(device: str, flops: float, bandwidth: float, launch: float, t
         shuffled=table(2, nothing, moving(2, 8)),
         multiply=table(2, nothing, lambda spans, length: 2 * spans * length),
         reduce=table(3, nothing, lambda outer, summed, inner: outer * summed * inner),
+        reduce_last=table(2, nothing, lambda rows, summed: rows * summed),
         copy=table(1, nothing, lambda elements: 2 * elements),
         read=table(1, nothing, lambda size: size / 4),
     )

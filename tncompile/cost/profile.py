@@ -23,7 +23,8 @@ class DeviceProfile:
     `conv(batch, c, f, space)` is a 1×1 convolution of c channels to f. `swap(outer, a, b)` turns a×b matrices,
     `moved(blocks, block)` changes one axis's place and `shuffled(blocks, block)` more than one, with blocks that
     stay together. `multiply(spans, length)` multiplies or adds with one side broadcast every `length` elements,
-    `reduce(outer, summed, inner)` sums over the axis in the middle. `copy(elements)` copies, `read(bytes)` reads
+    `reduce(outer, summed, inner)` sums over the axis in the middle, `reduce_last(rows, summed)` over the last one, which
+    has a kernel of its own. `copy(elements)` copies, `read(bytes)` reads
     in order: what a core costs at least. `node` is a step that does next to nothing, a MatMul and a Reshape.
 
     Kernels work on strips of `strip` columns: a result of 17 columns costs what one of 2·strip = 32 does.
@@ -41,6 +42,7 @@ class DeviceProfile:
     shuffled: Table
     multiply: Table
     reduce: Table
+    reduce_last: Table
     copy: Table
     read: Table
 
@@ -121,7 +123,8 @@ class DeviceProfile:
     def reduce_time(self, outer: int, summed: int, inner: int, itemsize: int) -> float:
         """Seconds to sum (outer, summed, inner) over the middle axis."""
         elements = outer * summed * inner
-        return max(self.reduce(outer, summed, inner) * max(1, itemsize / 4), self.read(elements * itemsize))
+        seconds = self.reduce_last(outer, summed) if inner == 1 else self.reduce(outer, summed, inner)
+        return max(seconds * max(1, itemsize / 4), self.read(elements * itemsize))
 
     def copy_time(self, elements: int, itemsize: int) -> float:
         """Seconds for a node that copies, as does a Reshape right before an output of the model."""
