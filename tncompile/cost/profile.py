@@ -23,9 +23,9 @@ class DeviceProfile:
     `conv(batch, c, f, space)` is a 1×1 convolution of c channels to f. `swap(outer, a, b)` turns a×b matrices,
     `moved(blocks, block)` changes one axis's place and `shuffled(blocks, block)` more than one, with blocks that
     stay together. `multiply(spans, length)` multiplies or adds with one side broadcast every `length` elements,
-    `reduce(outer, summed, inner)` sums over the axis in the middle, `reduce_last(rows, summed)` over the last one, which
-    has a kernel of its own. `copy(elements)` copies, `read(bytes)` reads
-    in order: what a core costs at least. `node` is a step that does next to nothing, a MatMul and a Reshape.
+    `reduce(outer, summed, inner)` sums over the axis in the middle, `reduce_last(rows, summed)` over the last one,
+    which has a kernel of its own. `copy(elements)` copies, `read(bytes)` reads in order: what a core costs at least.
+    `node` is a step that does next to nothing, a MatMul and a Reshape.
 
     Kernels work on strips of `strip` columns: a result of 17 columns costs what one of 2·strip = 32 does.
     """
