@@ -23,13 +23,13 @@ import numpy as np
 import onnx_ir
 
 from benchmarks.zoo import Layer, layers
+from tncompile.cost.devices import choose
 from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.program import network_model
 from tncompile.ir import Network, Switch, Term, Tree
 from tncompile.ir.core import left_to_right
 from tncompile.passes import Context, Order
 from tncompile.passes.plans import merge_constants, scheduler
-from tncompile.runtime.device import profile_for
 from tncompile.runtime.session import Session
 from tncompile.runtime.timing import race
 from tncompile.runtime.tuner import Tuner
@@ -164,7 +164,7 @@ def _planned(program: object, context: Context) -> Network:
 def _quick(session: Session, feeds: dict[str, np.ndarray]) -> float:
     """Seconds of a call: the best of a few."""
     session.run(feeds)
-    best = []
+    best: list[float] = []
     end = time.perf_counter() + 0.004
     while len(best) < 3 or (time.perf_counter() < end and len(best) < 200):
         start = time.perf_counter()
@@ -179,12 +179,13 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
     if len(a) < 3:
         return 1.0
     ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def summary(results: Sequence[Result]) -> str:
     """Medians and worst cases in a few lines."""
-    lines = [f"{len({r.layer for r in results})} layers, {len(results)} cases, {sum(r.timed for r in results)} ways timed"]
+    names, timed = {r.layer for r in results}, sum(r.timed for r in results)
+    lines = [f"{len(names)} layers, {len(results)} cases, {timed} ways timed"]
     groups = {"by prediction": [r.regret for r in results]}
     groups["with --tune"] = [r.tuned_regret for r in results if r.tuned_regret is not None]
     for name, regrets in groups.items():
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--layouts", type=int, default=4, help="layouts of each tree (default 4)")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args()
-    profile = profile_for()
+    profile = choose().profile
     results = []
     for layer in layers():
         if options.only not in layer.name:

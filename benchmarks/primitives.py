@@ -1,97 +1,102 @@
-"""How fast ONNX Runtime runs the primitives that the cost model knows, beside what the model says.
+"""How well a device profile predicts what it was not measured at.
 
-    python -m benchmarks.primitives
+    python -m benchmarks.primitives [--profile FILE|default] [--seconds N] [--list]
 
-Prints one line a primitive: measured and predicted microseconds. `tncompile.cost.profile.CPU` was fitted to
-such a run; a large ratio on another machine says that its plans may not be the best ones there.
+Random sizes between the profile's grid points, and somewhat beyond, are timed by the stopwatch that measures
+profiles. Prints the median and worst relative error and the rank correlation of each table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import argparse
+import math
+import random
+from collections.abc import Iterator
 
 import numpy as np
-import onnx_ir as onnx
 
-from benchmarks.timing import race
-from tncompile.cost.profile import CPU
-from tncompile.ir import Array
-from tncompile.runtime.session import Session
+from tncompile.cost.devices import choose
+from tncompile.cost.profile import DeviceProfile
+from tncompile.runtime.measure import GRIDS, Stopwatch
+from tncompile.runtime.primitives import PRIMITIVES, Primitive, core_left
 
-MATMULS = [
-    (1, 1, 768, 512),
-    (1, 1, 1024, 1024),
-    (1, 32, 768, 512),
-    (1, 256, 768, 512),
-    (1, 4096, 8, 64),
-    (1, 4096, 64, 8),
-    (1, 512, 512, 8),
-    (1, 32768, 4, 4),
-    (8, 64, 64, 12),
-    (256, 64, 64, 12),
-    (256, 16, 16, 64),
-    (2048, 8, 8, 16),
-]
-PERMUTES = [
-    ((256, 64, 64), (0, 2, 1)),
-    ((256, 8, 64), (0, 2, 1)),
-    ((256, 8, 8, 12), (0, 2, 1, 3)),
-    ((256, 8, 8, 96), (0, 2, 1, 3)),
-    ((64, 256, 512), (1, 0, 2)),
-]
+Item = tuple[str, Primitive, float, tuple[int, ...]]
 
 
-def session(
-    op: str, shape: Sequence[int], constant: Array | None = None, first: bool = False, **attributes: object
-) -> Session:
-    """A model of one node on an input x; a constant stands behind it, or before it where `first`."""
-    x = onnx.Value(name="x", type=onnx.TensorType(onnx.DataType.FLOAT), shape=onnx.Shape(shape))
-    inputs, initializers = [x], []
-    if constant is not None:
-        weight = onnx.Value(name="w", const_value=onnx.tensor(constant, name="w"))
-        initializers = [weight]
-        inputs = [weight, x] if first else [x, weight]
-    node = onnx.node(op, inputs, attributes=attributes)  # type: ignore[arg-type]
-    node.outputs[0].name = "y"
-    node.outputs[0].type = x.type
-    graph = onnx.Graph([x], node.outputs, nodes=[node], initializers=initializers, opset_imports={"": 20})
-    return Session(onnx.to_proto(onnx.Model(graph, ir_version=10)).SerializeToString())
+def held_out(profile: DeviceProfile, count: int = 25, seed: int = 1) -> Iterator[Item]:
+    """Table, primitive, predicted seconds and sizes of `count` random points a table, none on its grid."""
+    draw = random.Random(seed)
+    for name, grid in GRIDS.items():
+        found = 0
+        while found < count:
+            exponents = [draw.uniform(math.log(axis[0]), math.log(axis[-1])) for axis in grid.axes]
+            point = tuple(round(math.exp(e)) for e in exponents)
+            if name in ("moved", "shuffled"):  # a number of blocks that is a product of like factors
+                side = round(point[0] ** (1 / 3)) + 1
+                point = (side * (side + 1) * (side + 2), point[1])
+            primitive = PRIMITIVES[name](*point)
+            if primitive.work > 2 * grid.work or point in grid.points():
+                continue
+            found += 1
+            yield name, primitive, predicted(profile, name, point), point
+            if name == "batched":
+                yield "core left", core_left(*point), predicted(profile, name, point), point
 
 
-def primitives() -> Iterator[tuple[str, Session, Array, float]]:
-    """Label, session, input and predicted seconds of each primitive."""
-    generator = np.random.default_rng(0)
+def predicted(profile: DeviceProfile, name: str, sizes: tuple[int, ...]) -> float:
+    """Seconds of a float32 primitive, by the method of the profile that a search asks."""
+    match name:
+        case "matmul":
+            return profile.matmul_time(1, *sizes, 4)
+        case "batched":
+            return profile.matmul_time(*sizes, 4, constant=False)
+        case "conv":
+            return profile.conv_time(*sizes, 4)
+        case "swap":
+            outer, a, b = sizes
+            return profile.permute_time(outer * a * b, 1, 4, single=True, swap=(a, b))
+        case "moved" | "shuffled":
+            blocks, block = sizes
+            return profile.permute_time(blocks * block, block, 4, single=name == "moved")
+        case "multiply":
+            return profile.multiply_time(*sizes, 4)
+        case "reduce":
+            return profile.reduce_time(*sizes, 4)
+        case "reduce_last":
+            return profile.reduce_time(sizes[0], sizes[1], 1, 4)
+        case "copy":
+            return profile.copy_time(sizes[0], 4)
+        case _:
+            return profile.stream_time(sizes[0] // 4, 4)
 
-    def numbers(*shape: int) -> Array:
-        return generator.standard_normal(shape).astype(np.float32)
 
-    for batch, m, k, n in MATMULS:
-        predicted = CPU.matmul_time(batch, m, k, n, 4)
-        if batch == 1:
-            yield f"MatMul {m}x{k} by core {k}x{n}", session("MatMul", (m, k), numbers(k, n)), numbers(m, k), predicted
-        else:
-            label = f"MatMul core {m}x{k} by {batch} of {k}x{n}"
-            yield label, session("MatMul", (batch, k, n), numbers(m, k), first=True), numbers(batch, k, n), predicted
-    for shape, perm in PERMUTES:
-        tail = 0
-        while perm[-1 - tail] == len(perm) - 1 - tail:
-            tail += 1
-        block = int(np.prod(shape[len(shape) - tail :])) if tail else 8
-        predicted = CPU.permute_time(int(np.prod(shape)), block, 4)
-        yield f"Transpose {shape} by {perm}", session("Transpose", shape, perm=perm), numbers(*shape), predicted
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's: the correlation of the ranks."""
+    first, second = (np.argsort(np.argsort(values)) for values in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def main() -> None:
     """Measure and print."""
-    items = list(primitives())
-    calls = {label: partial(s.run, {"x": x}) for label, s, x, _ in items}
-    nothing = partial(session("Identity", (1, 1)).run, {"x": np.zeros((1, 1), np.float32)})
-    times = race({**calls, "nothing": nothing}, rounds=20)
-    call = times.median("nothing")
-    print(f"{'primitive':44s} {'measured':>9s} {'predicted':>9s}  µs, less {call * 1e3:.1f} µs for a call")
-    for label, _, _, predicted in items:
-        print(f"{label:44s} {max(times.median(label) - call, 0.0) * 1e3:9.1f} {predicted * 1e6:9.1f}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", metavar="FILE", help="a profile, or `default`")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure (default 30)")
+    parser.add_argument("--list", action="store_true", help="print every primitive")
+    options = parser.parse_args()
+    choice = choose(options.profile)
+    print(f"profile: {choice.origin} ({choice.profile.device})")
+    items = list(held_out(choice.profile))
+    _, times = Stopwatch([p for _, p, _, _ in items]).run(options.seconds)
+    if options.list:
+        for (name, _, guess, sizes), measured in zip(items, times, strict=True):
+            print(f"{name:11s} {'x'.join(map(str, sizes)):20s} {measured * 1e6:10.2f} µs {guess * 1e6:10.2f} µs")
+    print(f"{'table':11s} {'points':>6s} {'median error':>13s} {'worst':>7s} {'rank correlation':>17s}")
+    rows = [(name, guess, measured) for (name, _, guess, _), measured in zip(items, times, strict=True)]
+    for name in [*dict.fromkeys(r[0] for r in rows), "all"]:
+        chosen = [r for r in rows if name in (r[0], "all")]
+        errors = [abs(guess / measured - 1) for _, guess, measured in chosen]
+        rank = rank_correlation([r[1] for r in chosen], [r[2] for r in chosen])
+        print(f"{name:11s} {len(errors):6d} {np.median(errors):13.1%} {max(errors):7.0%} {rank:17.3f}")
 
 
 if __name__ == "__main__":

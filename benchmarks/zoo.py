@@ -12,7 +12,7 @@ from tncompile.ir import Index, Network, Program, Tensor, Term, Value
 
 @dataclass(frozen=True)
 class Layer:
-    """A tensorized linear layer of inputs x[batch, (i ...)]: an einsum of x with cores, and the sizes of its indices."""
+    """A tensorized linear layer: an einsum of x[batch, (i ...)] with cores, and the sizes of its indices."""
 
     name: str
     operand: str

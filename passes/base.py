@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tncompile.cost.profile import CPU, DeviceProfile
+from tncompile.cost.devices import default_profile
+from tncompile.cost.profile import DeviceProfile
 from tncompile.ir import Program, dims
 from tncompile.ir.core import Index, Network
 
@@ -33,7 +34,7 @@ class Context:
 
     batches: tuple[int, ...] = (1, 32)
     sizes: Mapping[str, int] = field(default_factory=dict)
-    profile: DeviceProfile = CPU
+    profile: DeviceProfile = field(default_factory=default_profile)
     timer: Timer | None = None
 
     def __post_init__(self) -> None:

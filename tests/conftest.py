@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
+
+# Plans must not depend on what the user has measured; set here so that child processes have it too.
+os.environ["TNCOMPILE_PROFILE"] = "default"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

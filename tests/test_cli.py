@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tncompile.cli import main
+from tncompile.cost.devices import default_profile
 from tncompile.ir import text as ir_text
 
 
@@ -172,3 +174,25 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "usage: tncompile MODEL -o OUT" in done.stdout
     assert done.stdout.rstrip().endswith("[]")
+
+
+def test_the_profile_is_chosen_and_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file, report = tmp_path / "out.onnx", tmp_path / "profile.json", tmp_path / "report.json"
+    slow_start = replace(default_profile("cuda"), device="some accelerator")
+    file.write_text(slow_start.to_json())
+    assert main([str(model), "-o", str(out), "--profile", str(file), "--report", str(report)]) == 0
+    assert "planned for some accelerator" in capsys.readouterr().out
+    told = json.loads(report.read_text())
+    assert told["device"] == "some accelerator" and told["profile"] == str(file)
+    assert main([str(model), "-o", str(out), "--profile", "default", "--report", str(report)]) == 0
+    again = json.loads(report.read_text())
+    assert again["profile"] == "shipped default"
+    seconds = [r["networks"][0]["costs"]["32"]["chosen"]["seconds"] for r in (told, again)]
+    assert seconds[0] > slow_start.node and seconds[0] != seconds[1]
+    file.write_text("{")
+    out.unlink()
+    for command in (["-o", str(out)], []):
+        arguments = [str(model), *command] if command else ["inspect", str(model), "--after", "order"]
+        assert main([*arguments, "--profile", str(file)]) == 1
+        assert "not a device profile: damaged JSON" in capsys.readouterr().err
+    assert not out.exists()

@@ -26,6 +26,7 @@ LAYERS = (
     ("runtime",),
     ("inspect",),
     ("compiler",),
+    ("commands",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -91,6 +92,7 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
     for module in modules():
         assert f"tncompile/{module.relative_to(PACKAGE).as_posix()}" in files
     assert "tncompile/py.typed" in files
+    assert "tncompile/cost/profiles/cpu.json" in files
 
 
 def test_wheel_has_no_other_top_level(wheel: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tncompile import __version__
+from tncompile.commands import tune
 from tncompile.errors import LoadError, OutputError, TNCompileError
 from tncompile.runtime.files import check_writable, write_file
 
@@ -23,9 +24,12 @@ Compile a PyTorch model (a file written by torch.export.save) to plain ONNX for 
 other commands:
   tncompile inspect FILE     show the tensor networks of a model or of a compiled file
   tncompile verify MODEL OUT check a compiled file against the model it came from
+  tncompile tune --device    measure this machine, for better plans on it
 """
 
 PASSES_HELP = "passes to run, in order, with options in braces: clean,fold,clean,merge_cores,order{max_trials=64}"
+
+PROFILE_HELP = "device profile to plan with (default: as `tncompile tune --device` stored it, else the shipped one)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
         "inspect": (_inspect_parser, _inspect),
         "verify": (_verify_parser, _verify),
+        "tune": (tune.parser, tune.run),
     }
     make, run = commands.get(arguments[0] if arguments else "", (_compile_parser, _compile))
     if run is not _compile:
@@ -109,6 +114,7 @@ def _planning_options(parser: argparse.ArgumentParser) -> None:
         help="typical size of another dynamic dimension (default: the example's)",
     )
     parser.add_argument("--passes", metavar="LIST", help=PASSES_HELP)
+    parser.add_argument("--profile", metavar="FILE|default", help=PROFILE_HELP)
 
 
 def _example_option(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +168,7 @@ def _compile(options: argparse.Namespace) -> int:
             batch=options.batch,
             sizes=dict(options.dim),
             passes=passes or DEFAULT,
+            profile=options.profile,
             check=not options.no_check,
             examples=[_load_example(path) for path in options.example],
             progress=progress,
@@ -222,6 +229,7 @@ def _program(options: argparse.Namespace) -> Program:
 
         return program_of(path)
     from tncompile import compiler
+    from tncompile.cost.devices import choose
     from tncompile.passes import DEFAULT
 
     passes = _passes(options) or DEFAULT
@@ -232,7 +240,7 @@ def _program(options: argparse.Namespace) -> Program:
     if options.after is None:
         return traced.program
     last = len(names) - names[::-1].index(options.after)
-    context = compiler.planning_context(traced, options.batch, dict(options.dim))
+    context = compiler.planning_context(traced, options.batch, dict(options.dim), choose(options.profile).profile)
     stages, _ = compiler.run_passes(traced, context, passes[:last], scheduled=False)
     return stages[options.after]
 

@@ -15,6 +15,8 @@ import onnx_ir
 import torch
 
 from tncompile import __version__
+from tncompile.cost.devices import Choice, choose
+from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.program import to_onnx
 from tncompile.errors import CheckError, TNCompileError, UnsupportedError, VerificationError
 from tncompile.frontend.importer import TracedModel, import_exported
@@ -129,6 +131,7 @@ def compile_exported(
     passes: Sequence[Pass] = DEFAULT,
     check: bool = True,
     examples: Sequence[Mapping[str, Array]] = (),
+    profile: DeviceProfile | str | None = None,
     progress: Progress = _no_progress,
     model: str = "",
     load_seconds: float = 0.0,
@@ -136,16 +139,18 @@ def compile_exported(
     """Compile an exported program.
 
     `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name.
+    `profile`: of the device to plan for, or as in `tncompile.cost.devices.choose`.
     `check`: run the result against the traced model in float64 (CheckError where it is wrong), on `examples`
     (arrays by input name) or on random inputs. Raises UnsupportedError for what cannot be compiled.
     """
     seconds = {"load": load_seconds}
     watch = _Watch(seconds)
+    device = Choice(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile)
     progress("importing the graph")
     traced = import_exported(exported)
     watch("import")
     batches = tuple(dict.fromkeys([batch] if isinstance(batch, int) else batch))
-    context = planning_context(traced, batches, sizes or {})
+    context = planning_context(traced, batches, sizes or {}, device.profile)
     stages, reports = run_passes(traced, context, passes, progress)
     program = list(stages.values())[-1]
     watch("passes")
@@ -173,20 +178,24 @@ def compile_exported(
         batches=context.batches,
         dynamic="batch" in traced.sizes,
         version=__version__,
+        device=device.profile.device,
+        profile=device.origin,
     )
     if result is not None and not result.passed:
         raise CheckError(f"the compiled model is not as exact as it must be: {result}")
     return CompiledModel(data, program, report, traced, stages, session)
 
 
-def planning_context(traced: TracedModel, batches: Sequence[int], sizes: Mapping[str, int]) -> Context:
+def planning_context(
+    traced: TracedModel, batches: Sequence[int], sizes: Mapping[str, int], profile: DeviceProfile
+) -> Context:
     """What to plan for. TNCompileError for a dimension that the model does not have."""
     known = {*traced.sizes}
     unknown = sorted({*sizes} - known)
     if unknown:
         has = f"the model has {', '.join(sorted(known))}" if known else "all shapes of the model are fixed"
         raise TNCompileError(f"no dynamic dimension {unknown[0]}; {has}")
-    return Context(tuple(batches), {**traced.sizes, **sizes})
+    return Context(tuple(batches), {**traced.sizes, **sizes}, profile)
 
 
 class _Watch:

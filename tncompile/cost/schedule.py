@@ -206,7 +206,7 @@ class Scheduler:
             yield from self._matmuls(x, y, core, c)
             if core:
                 yield from self._core_lefts(x, c)
-        yield self._multiply(x, c)
+        yield self._multiply(x, y, core, c)
 
     def _matmuls(self, x: Layout, y: Layout, core: bool, c: Classes) -> Iterable[_Form]:
         rows = tuple(i for i in x if i not in c.summed)
@@ -217,7 +217,7 @@ class Scheduler:
         m = self.size(c.left) // outer
         batch, k, n = outer * self.size(c.batch), self.size(c.summed), self.size(c.right)
         seconds = self._permute(x, (*base, *c.summed), inner=c.summed)
-        seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize)
+        seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
         if not core:
             seconds += self._permute(y, (*c.batch, *c.summed, *c.right), inner=c.right)
         for free in _orders(c.right) if core else [c.right]:
@@ -236,17 +236,26 @@ class Scheduler:
         before, after = x[:start], x[end:]
         batch = self.size(before) * self.size(c.batch)
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
-        seconds = self.profile.matmul_time(batch, m, k, n, self.itemsize)
-        if before and after and not c.batch:  # may run as a 1x1 convolution, whose kernels see it the other way round
-            seconds = min(seconds, self.profile.matmul_time(batch, n, k, m, self.itemsize))
+        seconds = self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
+        if before and not c.batch and after == self.output[-len(after) :]:  # may run as a 1x1 convolution
+            seconds = min(seconds, self.profile.conv_time(batch, k, m, n, self.itemsize))
         for free in _orders(c.right):
             yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
 
-    def _multiply(self, x: Layout, c: Classes) -> _Form:
-        product = self.size(x) * self.size(c.right)
-        seconds = self.profile.node + self.profile.stream_time(2 * product, self.itemsize)
+    def _multiply(self, x: Layout, y: Layout, core: bool, c: Classes) -> _Form:
+        full = (*x, *c.right)
+        here = {*y}
+        run = 1  # of the last modes, those that stand on the same sides
+        while run < len(full) and all((full[-1 - run] in s) == (full[-1] in s) for s in (here, {*x})):
+            run += 1
+        length = self.size(full[len(full) - run :])
+        seconds = self.profile.multiply_time(self.size(full) // length, length, self.itemsize)
+        if not core:
+            seconds += self._permute(y, tuple(i for i in full if i in here))
         if c.summed:
-            seconds += self.profile.node + 2 * self.profile.stream_time(product, self.itemsize)
+            places = [k for k, i in enumerate(full) if i in c.summed]
+            summed, inner = self.size(c.summed), self.size(full[places[-1] + 1 :])
+            seconds += self.profile.reduce_time(self.size(full) // (summed * inner), summed, inner, self.itemsize)
         return seconds, "multiply", (*(i for i in x if i not in c.summed), *c.right)
 
     def _permute(self, layout: Layout, wanted: Layout, inner: Layout = ()) -> float:
@@ -262,17 +271,18 @@ class Scheduler:
         tail = 0
         while tail < len(layout) and layout[-1 - tail] == wanted[-1 - tail]:
             tail += 1
-        elements = self.size(layout)
-        if tail == 0 and _is_swap(layout, wanted):
-            return self.profile.permute_time(elements, 8, self.itemsize)
-        return self.profile.permute_time(elements, self.size(layout[len(layout) - tail :]), self.itemsize)
+        swap = _swap(layout[: len(layout) - tail], wanted[: len(wanted) - tail])
+        sizes = (self.size(swap[0]), self.size(swap[1])) if swap else None
+        block = self.size(layout[len(layout) - tail :])
+        return self.profile.permute_time(self.size(layout), block, self.itemsize, swap is not None, sizes)
 
 
-def _is_swap(layout: Layout, wanted: Layout) -> bool:
-    """Whether two neighbouring blocks change places and the first of them reaches the end."""
+def _swap(layout: Layout, wanted: Layout) -> tuple[Layout, Layout] | None:
+    """The two neighbouring blocks at the end that change places; None where more than that moves."""
     head = next((k for k, (a, b) in enumerate(zip(layout, wanted, strict=True)) if a != b), 0)
     a, b = layout[head:], wanted[head:]
-    return any(a[cut:] + a[:cut] == b for cut in range(1, len(a)))
+    cut = a.index(b[0])
+    return (a[:cut], a[cut:]) if a[cut:] + a[:cut] == b else None
 
 
 def _together(layout: Layout, group: Layout) -> bool:

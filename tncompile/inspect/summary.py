@@ -50,7 +50,10 @@ class NetworkSummary:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole story of one compile; prints as a table, `to_dict` is what ``--report`` writes."""
+    """The whole story of one compile; prints as a table, `to_dict` is what ``--report`` writes.
+
+    `device` is what it was planned for, `profile` where the figures of that device come from.
+    """
 
     networks: tuple[NetworkSummary, ...]
     passes: tuple[PassReport, ...]
@@ -63,6 +66,8 @@ class Report:
     batches: tuple[int, ...] = ()
     dynamic: bool = True
     version: str = field(default="")
+    device: str = ""
+    profile: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -101,6 +106,8 @@ class Report:
             runs = "; ".join(self.check.runs)
             parts.append(Text(f"check {'passed' if self.check.passed else 'FAILED'}, against float64 at {runs}"))
             parts += [Text(f"  {output}") for output in self.check.outputs]
+        if self.profile:
+            parts.append(Text(f"planned for {self.device}: {self.profile}"))
         total = sum(self.seconds.values())
         spent = ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())
         parts.append(Text(f"{total:.1f} s ({spent})" + (f"; a file of {self.size / 1e6:.2f} MB" if self.size else "")))

@@ -1,0 +1,120 @@
+"""Which device profile to plan with: one chosen by the user, the one measured on this machine, or the shipped."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+
+from tncompile.cost.datasheet import from_datasheet
+from tncompile.cost.profile import DeviceProfile
+from tncompile.errors import LoadError
+
+VARIABLE = "TNCOMPILE_PROFILE"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A profile and, in words, where it comes from."""
+
+    profile: DeviceProfile
+    origin: str
+
+
+@cache
+def default_profile(device: str = "cpu") -> DeviceProfile:
+    """The profile that ships with tncompile: of ``cpu`` as measured, of ``cuda`` as a datasheet has it."""
+    if device == "cuda":
+        return from_datasheet("cuda, by the datasheet of an A100", 19.5e12, 1.55e12, launch=4e-6, tile=32)
+    return DeviceProfile.from_json((files("tncompile.cost") / "profiles" / f"{device}.json").read_text("utf-8"))
+
+
+def choose(choice: str | None = None, device: str = "cpu") -> Choice:
+    """The profile to plan with.
+
+    `choice` is a file or ``default``; without, the environment variable TNCOMPILE_PROFILE says the same; without
+    that, it is the stored profile of this machine where there is one, else the shipped default. LoadError for a
+    chosen file that cannot be used; a stored one is passed over, which `origin` says.
+    """
+    chosen = choice or os.environ.get(VARIABLE)
+    if chosen == DEFAULT:
+        return Choice(default_profile(device), "shipped default")
+    if chosen:
+        return Choice(load(Path(chosen)), f"{chosen}")
+    path = stored_path(device)
+    if not path.exists():
+        return Choice(default_profile(device), "shipped default; `tncompile tune --device` measures this machine")
+    try:
+        return Choice(load(path), f"measured on this machine, {path}")
+    except LoadError as error:
+        return Choice(default_profile(device), f"shipped default, as the stored profile cannot be used ({error})")
+
+
+def load(path: Path) -> DeviceProfile:
+    """The profile in a file. LoadError where it cannot be read, is damaged or outdated."""
+    try:
+        return DeviceProfile.from_json(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(f"{path}: no such file; `tncompile tune --device --output {path}` writes it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"{path}: not a readable device profile ({error})") from error
+    except LoadError as error:
+        raise LoadError(f"{path}: {error}; run `tncompile tune --device` again") from error
+
+
+def output_path(device: str = "cpu") -> Path:
+    """Where a measured profile is to be written: the file that `choose` will read."""
+    chosen = os.environ.get(VARIABLE)
+    return Path(chosen) if chosen and chosen != DEFAULT else stored_path(device)
+
+
+def stored_path(device: str = "cpu") -> Path:
+    """The file of this machine's profile, which need not exist: another processor, core count or ONNX Runtime
+    has another."""
+    from platformdirs import user_data_path
+
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", machine(device)).strip("-")
+    return user_data_path("tncompile", appauthor=False) / "profiles" / f"{name}.json"
+
+
+def machine(device: str = "cpu") -> str:
+    """What a profile belongs to: ``cpu, AMD EPYC, 2 cores, onnxruntime 1.31.1``."""
+    place = f"{_processor()}, {_cores()} cores" if device == "cpu" else _gpu()
+    return f"{device}, {place}, onnxruntime {_runtime()}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    """The first GPU by the driver's own list, or ``GPU`` where that is not to be had."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text("utf-8", "replace").splitlines():
+            if line.startswith("Model"):
+                return line.partition(":")[2].strip()
+    return "GPU"
+
+
+def _runtime() -> str:
+    for package in ("onnxruntime-gpu", "onnxruntime"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
