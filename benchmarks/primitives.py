@@ -14,10 +14,10 @@ from functools import partial
 import numpy as np
 import onnx_ir as onnx
 
-from benchmarks.timing import race
 from tncompile.cost.profile import CPU
 from tncompile.ir import Array
 from tncompile.runtime.session import Session
+from tncompile.runtime.timing import race
 
 MATMULS = [
     (1, 1, 768, 512),
