@@ -135,7 +135,7 @@ def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts
         first.append(_quick(session, feeds))
     plans = {"planned": _planned(program, context)}
     if tune:
-        plans["tuned"] = _planned(program, replace(context, timer=Tuner(tune, "oracle", store=False)))
+        plans["tuned"] = _planned(program, replace(context, timer=Tuner(tune, stored=False)))
     finalists = sorted(range(len(chosen)), key=lambda k: first[k])[:FINALISTS]
     sessions = {str(k): Session(_model(chosen[k].network)) for k in finalists}
     sessions |= {name: Session(_model(plan)) for name, plan in plans.items()}
@@ -178,8 +178,8 @@ def _quick(session: Session, feeds: dict[str, np.ndarray]) -> float:
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
     if len(a) < 3:
         return 1.0
-    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
-    return float(np.corrcoef(ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(values)) for values in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def summary(results: Sequence[Result]) -> str:

@@ -9,7 +9,6 @@ Everything is written to build/demo/.
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import json
 import shlex
@@ -18,99 +17,34 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import digits
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from tncompile.frontend.trace import trace
+from tncompile.ir import Array
+from tncompile.runtime import timing
+from tncompile.runtime.contest import DENSE, EAGER, EXPORTER, OURS, Contest, Row, Subject
+from tncompile.runtime.device import threads_of
+from tncompile.runtime.files import write_file
+from tncompile.runtime.probe import Limits
+from tncompile.runtime.rivals import Inputs, export_plain
+from tncompile.runtime.session import Session
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not an installed package
-
-import digits  # noqa: E402
-
-from benchmarks import rivals, timing  # noqa: E402
-from benchmarks.rivals import Array, Model, Probe  # noqa: E402
 
 OUT = ROOT / "build" / "demo"
 BATCHES = (1, 32, 256)
 
-TNCOMPILE = "tncompile"
-EAGER = "eager PyTorch"
-EXPORTER = "torch.onnx.export + ORT"
-DENSE = "dense layers + ORT"
-WAYS = (TNCOMPILE, EAGER, EXPORTER, DENSE)
-#: The dense file in a second session: what tells the two apart is noise.
-CONTROL = "control"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model at one batch size: ms a call, or a note where there is no time."""
-
-    batch: int
-    ms: dict[str, float]
-    notes: dict[str, str]
-    #: the best of the others, and tncompile's time divided by its time
-    fastest: str
-    ratio: float
-    #: how far from 1 the same ratio is for two sessions of one file
-    noise: float
-
-    def cell(self, way: str) -> str:
-        """The time of a way, for a table."""
-        if way not in self.ms:
-            return self.notes[way]
-        ms = self.ms[way]
-        return f"{ms:.3g}" if ms < 100 else f"{ms:,.0f}"
-
-
-@dataclass(frozen=True)
-class Contest:
-    """The same function four ways: a module, and three ONNX files."""
-
-    module: nn.Module
-    compiled: Path
-    exported: Path
-    dense: Path
-    limit_s: float
-
-    def run(self, inputs: Array) -> list[Row]:
-        """Time every way at every batch size, on the first rows of ``inputs``."""
-        models: dict[str, Model] = {
-            TNCOMPILE: rivals.deployed(self.compiled),
-            EAGER: rivals.eager(self.module),
-            DENSE: rivals.deployed(self.dense),
-            CONTROL: rivals.deployed(self.dense),
-        }
-        rows = []
-        first = Probe(0.0)
-        for batch in BATCHES:
-            x = inputs[:batch]
-            # What does not finish at one batch size does not at a larger one.
-            if first.ms is not None:
-                first = rivals.probe(self.exported, x, limit_s=self.limit_s)
-            if first.repeatable:
-                models[EXPORTER] = models.get(EXPORTER) or rivals.deployed(self.exported)
-            else:
-                models.pop(EXPORTER, None)
-            rows.append(self._row(models, x, first))
-        return rows
-
-    def _row(self, models: dict[str, Model], x: Array, first: Probe) -> Row:
-        calls = {way: functools.partial(model, x) for way, model in models.items()}
-        race = timing.race(calls)
-        ms = {way: race.median(way) for way in models if way != CONTROL}
-        if EXPORTER not in ms and first.ms is not None:
-            ms[EXPORTER] = first.ms
-        notes = {} if EXPORTER in ms else {EXPORTER: first.note}
-        fastest = race.without(TNCOMPILE, CONTROL).fastest()
-        noise = abs(race.ratio(CONTROL, DENSE) - 1)
-        return Row(len(x), ms, notes, fastest, race.ratio(TNCOMPILE, fastest), noise)
+WAYS = (OURS, EAGER, EXPORTER, DENSE)
+TITLES = {OURS: "tncompile", EAGER: "eager PyTorch", EXPORTER: "torch.onnx.export + ORT", DENSE: "dense layers + ORT"}
 
 
 def demo(console: Console, limit_s: float) -> None:
@@ -130,7 +64,7 @@ def demo(console: Console, limit_s: float) -> None:
     )
 
     model, compiled, report = OUT / "model.pt", OUT / "model.onnx", OUT / "report.json"
-    program = rivals.trace(net, data.test_x[:2])
+    program = trace(net, (data.test_x[:2],), None, ({0: torch.export.Dim("batch")},))
     archive = io.BytesIO()
     torch.export.save(program, archive)
     model.write_bytes(archive.getvalue())
@@ -145,7 +79,10 @@ def demo(console: Console, limit_s: float) -> None:
     console.print(f"Compiled in {time.perf_counter() - started:.0f} s, start of Python included.\n")
 
     x = data.test_x.numpy()
-    before, after = rivals.eager(net)(x), rivals.deployed(compiled)(x)
+    with torch.no_grad():
+        before = net(data.test_x).numpy()
+    session = Session(compiled)
+    (after,) = session.run(session.feeds({"input": x})).values()
     labels = data.test_y.numpy()
     console.print(
         f"Accuracy on {len(x)} held-out digits: {_accuracy(before, labels)} in PyTorch, "
@@ -157,15 +94,14 @@ def demo(console: Console, limit_s: float) -> None:
     )
 
     with console.status("timing"):
-        contest = _contest(net, program, compiled, OUT / "network", limit_s)
-        rows = contest.run(x)
+        rows = _rows(net, program, compiled, x, OUT / "network", limit_s)
     table = Table(title="Milliseconds a call, median", title_justify="left")
     table.add_column("")
     for row in rows:
         table.add_column(f"batch {row.batch}", justify="right")
     for way in WAYS:
-        cells = [row.cell(way) for row in rows]
-        table.add_row(way, *cells, style="bold" if way == TNCOMPILE else "")
+        cells = [_cell(row, way) for row in rows]
+        table.add_row(TITLES[way], *cells, style="bold" if way == OURS else "")
     console.print(table)
     console.print(_conditions(rows, limit_s), style="dim")
 
@@ -193,7 +129,7 @@ def layers(console: Console, names: list[str], limit_s: float) -> None:
     generator = np.random.default_rng(0)
     measured: list[Row] = []
     results: list[dict[str, Any]] = []
-    columns = ["layer", "parameters", "dense", "batch", *WAYS, "fastest other", "tncompile ÷ it"]
+    columns = ["layer", "parameters", "dense", "batch", *TITLES.values(), "fastest other", "tncompile ÷ it"]
     lines = [f"| {' | '.join(columns)} |", "|---|--:|--:|--:|--:|--:|--:|--:|---|--:|"]
     for name in names:
         layer = digits.LAYERS[name]
@@ -207,24 +143,20 @@ def layers(console: Console, names: list[str], limit_s: float) -> None:
             shapes = ({0: torch.export.Dim("batch")},)
             result = tncompile.compile(module, (example,), dynamic_shapes=shapes, batch=BATCHES)
             result.save(compiled)
-            program = rivals.trace(module, example)
-            contest = _contest(module, program, compiled, OUT / name, limit_s)
-            rows = contest.run(x)
+            program = trace(module, (example,), None, shapes)
+            rows = _rows(module, program, compiled, x, OUT / name, limit_s)
         small, large = digits.parameters(module), digits.parameters(digits.dense(module))
         measured += rows
         for row in rows:
             head = (layer.title, f"{small:,}", f"{large:,}") if row is rows[0] else ("", "", "")
-            cells = [*head, str(row.batch), *map(row.cell, WAYS), row.fastest, f"{row.ratio:.2f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-            times = ", ".join(f"{way} {row.cell(way)}" for way in WAYS)
-            console.print(
-                f"{layer.title}, batch {row.batch}: {times}; {row.ratio:.2f} of {row.fastest}"
-            )
-            results.append(
-                {"layer": name, "parameters": small, "dense_parameters": large, **asdict(row)}
-            )
+            cells = [_cell(row, way) for way in WAYS]
+            other, ratio = TITLES[row.fastest], 1 / _known(row.speed)
+            lines.append(f"| {' | '.join([*head, str(row.batch), *cells, other, f'{ratio:.2f}'])} |")
+            times = ", ".join(f"{TITLES[way]} {cell}" for way, cell in zip(WAYS, cells, strict=True))
+            console.print(f"{layer.title}, batch {row.batch}: {times}; {ratio:.2f} of {other}")
+            results.append({"layer": name, "parameters": small, "dense_parameters": large, **asdict(row)})
 
-    worst = max(row.ratio for row in measured)
+    worst = max(1 / _known(row.speed) for row in measured)
     conditions = _conditions(measured, limit_s)
     header = (
         f"`python examples/demo.py --layers`: milliseconds a call, median. {conditions} The last "
@@ -232,49 +164,68 @@ def layers(console: Console, names: list[str], limit_s: float) -> None:
         f"other way; the worst is {worst:.2f}."
     )
     (OUT / "layers.md").write_text("\n".join([header, "", *lines]) + "\n")
-    (OUT / "layers.json").write_text(
-        json.dumps({"conditions": conditions, "rows": results}, indent=1) + "\n"
-    )
+    (OUT / "layers.json").write_text(json.dumps({"conditions": conditions, "rows": results}, indent=1) + "\n")
     console.print(f"Worst ratio: {worst:.2f}. The table is in {OUT / 'layers.md'}.")
 
 
-def _contest(
+def _rows(
     module: nn.Module,
     program: torch.export.ExportedProgram,
     compiled: Path,
+    x: Array,
     stem: Path,
     limit_s: float,
-) -> Contest:
-    """Export the other ways and check that every one computes the same function."""
-    exported, dense = stem.with_suffix(".exporter.onnx"), stem.with_suffix(".dense.onnx")
-    rivals.exporter(program, exported)
-    (example,) = program.example_inputs[0]
-    rivals.exporter(rivals.trace(digits.dense(module), example), dense)
-    expected = rivals.eager(module)(example.numpy())
-    for path in (compiled, dense):
-        np.testing.assert_allclose(
-            rivals.deployed(path)(example.numpy()), expected, atol=1e-3 * np.abs(expected).max()
-        )
-    return Contest(module, compiled, exported, dense, limit_s)
+) -> list[Row]:
+    """The same function four ways, each checked, on the first rows of ``x``; their files go to a folder ``stem``."""
+    shapes = ({0: torch.export.Dim("batch")},)
+    example = torch.from_numpy(x[:2])
+
+    def dense(path: Path) -> None:
+        export_plain(trace(digits.dense(module).eval(), (example,), None, shapes), path)
+
+    def inputs(batch: int | None) -> Inputs:
+        return Inputs((torch.from_numpy(x[:batch]),))
+
+    stem.mkdir(exist_ok=True)
+    writers = {OURS: lambda path: write_file(path, compiled.read_bytes()), DENSE: dense}
+    subject = Subject(program, module.eval(), inputs, writers)
+    limits = Limits(first_call_s=limit_s)
+    contest = Contest(subject, stem, (EAGER, EXPORTER, DENSE), threads=threads_of(), limits=limits)
+    rows = list(contest.run(BATCHES, seconds=10.0))
+    for row in rows:
+        wrong = [f"{way} {note}" for way, note in row.notes.items() if way != EXPORTER]
+        assert not wrong, f"batch {row.batch}: {', '.join(wrong)}"
+    return rows
+
+
+def _cell(row: Row, way: str) -> str:
+    """The time of a way, for a table, or why there is none."""
+    if way not in row.ms:
+        return row.notes[way]
+    return f"{row.ms[way]:.3g}" if row.ms[way] < 100 else f"{row.ms[way]:,.0f}"
+
+
+def _known(value: float | None) -> float:
+    assert value is not None
+    return value
 
 
 def _conditions(rows: list[Row], limit_s: float) -> str:
-    noise = [row.noise for row in rows]
+    noise = [_known(row.noise) for row in rows]
     packages = timing.machine("torch", "onnxruntime", "onnxruntime-gpu")
     return (
         f"{packages}; {torch.get_num_threads()} threads for each way. All take turns in one "
-        f"process, {timing.MIN_ROUNDS} to {timing.ROUNDS} rounds. A first call that needs more than "
-        f"{limit_s:.0f} s or 8 GB is given up, and one of more than {rivals.SLOW_MS / 1e3} s is not repeated. "
-        f"Two sessions of one dense file differed by {np.median(noise):.1%}, at worst "
+        f"process, {timing.MIN_ROUNDS} to {timing.ROUNDS} rounds; a way over {timing.HOPELESS:.0f} times slower than "
+        f"the fastest takes part in {timing.FEW_ROUNDS}, or in none if a call takes {timing.SLOW_MS / 1e3} s. "
+        f"A first call that needs more than {limit_s:.0f} s or 8 GB is given up. "
+        f"Two sessions of tncompile's file differed by {np.median(noise):.1%}, at worst "
         f"{max(noise):.1%}: that much is noise."
     )
 
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = parser.add_argument("--layers", nargs="*", metavar="LAYER", choices=digits.LAYERS)
     names.help = f"measure layers on their own: all, or some of {', '.join(digits.LAYERS)}"
     parser.add_argument("--limit", type=float, default=60, help="seconds for a first call (60)")

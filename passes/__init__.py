@@ -5,6 +5,7 @@ if __name__ != "tncompile.passes":
 
 from tncompile.passes.base import Change, Context, Pass, PassReport
 from tncompile.passes.clean import Clean
+from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
@@ -15,6 +16,7 @@ __all__ = [
     "Change",
     "Clean",
     "Context",
+    "Dense",
     "Fold",
     "MergeCores",
     "Order",

@@ -11,6 +11,7 @@ from tncompile.errors import TNCompileError, VerificationError
 from tncompile.ir import Program, verify
 from tncompile.passes.base import Context, Pass, PassReport
 from tncompile.passes.clean import Clean
+from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
@@ -23,7 +24,7 @@ DEFAULT: tuple[Pass, ...] = (
     Order(),  # last: its schedule fits one form of the network only
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Fold, MergeCores, Order)}
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Fold, MergeCores, Dense, Order)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""ONNX Runtime sessions on numpy arrays. The only file that imports onnxruntime."""
+"""ONNX Runtime sessions on numpy arrays. The only file that imports onnxruntime, with `device`."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -37,25 +38,32 @@ class Memory:
 class Session:
     """An ONNX model ready to run.
 
-    `model` is a path or the bytes of a model. LoadError where ONNX Runtime does not accept it.
+    `model` is a path or the bytes of a model; `threads` the size of its thread pool, one a core where it is 0; `trace`
+    the beginning of the name of a file for ONNX Runtime's profile. LoadError where ONNX Runtime does not accept it.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | bytes, providers: Sequence[str] = ("CPUExecutionProvider",)):
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        *,
+        threads: int = 0,
+        trace: str = "",
+    ):
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        if trace:
+            options.enable_profiling = True
+            options.profile_file_prefix = trace
         source: Any = model if isinstance(model, bytes) else str(model)
         try:
             self._session = ort.InferenceSession(source, options, providers=list(providers))
         except Exception as error:  # onnxruntime's own exceptions have no common base
             what = "the model" if isinstance(model, bytes) else str(Path(model))
             raise LoadError(f"{what}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
-
-    @property
-    def providers(self) -> list[str]:
-        """The execution providers in use."""
-        return list(self._session.get_providers())
 
     @property
     def inputs(self) -> dict[str, tuple[str, list[Any]]]:
@@ -66,6 +74,21 @@ class Session:
     def outputs(self) -> list[str]:
         """Names of the outputs."""
         return [o.name for o in self._session.get_outputs()]
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers in use, first choice first; one that could not be started is not among them."""
+        return list(self._session.get_providers())
+
+    def feeds(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Arrays by the model's own names for its inputs, by those of this session; by their order if these differ.
+
+        An input that nothing reads may be missing from the session.
+        """
+        names = list(self.inputs)
+        if arrays.keys() >= {*names}:
+            return {name: arrays[name] for name in names}
+        return dict(zip(names, arrays.values(), strict=True))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name."""
@@ -91,3 +114,24 @@ class Session:
             run(binding)
 
         return call
+
+    def bound(self, feeds: Mapping[str, Array]) -> Callable[[], Any]:
+        """A call on fixed inputs with nothing of ours around it, to be timed.
+
+        On a GPU inputs and outputs stay there, and the call returns when it is done.
+        """
+        if self.providers[0] == "CPUExecutionProvider":
+            return functools.partial(self._session.run, None, dict(feeds))
+        import onnxruntime as ort
+
+        device = self.providers[0].removesuffix("ExecutionProvider").lower()
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
+        for name in self.outputs:
+            binding.bind_output(name, device)
+        return functools.partial(self._session.run_with_iobinding, binding)
+
+    def end_trace(self) -> Path:
+        """Stop profiling; the file that has the profile."""
+        return Path(self._session.end_profiling())

@@ -6,11 +6,9 @@ Times are kept per user, by what was timed and where: a second compile of the sa
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
-import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,38 +18,34 @@ import onnx_ir
 import platformdirs
 
 from tncompile import __version__
+from tncompile.cost.devices import machine
 from tncompile.emit.program import network_model
 from tncompile.errors import OutputError
 from tncompile.ir import Array, Index, Network, Tensor, dims
+from tncompile.runtime.device import providers
 from tncompile.runtime.files import write_file
-from tncompile.runtime.session import Session, runtime_version
+from tncompile.runtime.session import Session
+from tncompile.runtime.timing import race
 
 CACHE = "TNCOMPILE_CACHE"
 """The environment variable that moves the folder of measured times."""
-
-BLOCK_S = 0.002
-"""Calls are timed in blocks of about this length, as clocks are coarse and calls are short."""
-
-HOPELESS = 2.5
-"""What is this many times slower than the best in its first block is not timed again."""
 
 
 class Tuner:
     """A `tncompile.passes.Timer` with a budget of seconds for everything it is asked.
 
-    `device` names the machine; with the providers, the version of ONNX Runtime and the network it is the key of a
-    stored time.
+    A stored time is that of a network on one kind of machine with one version of ONNX Runtime and of tncompile.
     """
 
-    def __init__(self, seconds: float, device: str, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+    def __init__(self, seconds: float, device: str = "cpu", stored: bool = True) -> None:
         self.seconds = seconds
-        self.providers = tuple(providers)
-        self.place = f"{device}; {', '.join(providers)}; onnxruntime {runtime_version()}; tncompile {__version__}"
+        self.providers = providers(device)
+        self.place = f"{machine(device)}; tncompile {__version__}"
         self.jobs = 1
         self.timed = 0
         self.known = 0
         self._spent = 0.0
-        self._store = _Store()
+        self._store = _Store() if stored else None
 
     def start(self, jobs: int) -> None:
         """Expect so many calls of `times`."""
@@ -60,62 +54,37 @@ class Tuner:
     def times(self, networks: Sequence[Network], symbols: Mapping[str, int]) -> list[float]:
         """Seconds of networks that compute the same, run in turns; inf for one that cannot run."""
         keys = [self._key(network, symbols) for network in networks]
-        stored = self._store.get(keys)
+        stored = self._store.get(keys) if self._store else None
         if stored is not None:
             self.known += len(keys)
             self.jobs = max(self.jobs - 1, 1)
             return stored
         start = time.perf_counter()
-        budget = max((self.seconds - self._spent) / self.jobs, 0.05 * self.seconds / self.jobs)
-        found = self._race(networks, symbols, budget)
+        left = max(self.seconds - self._spent, 0.1 * self.seconds)
+        found = self._race(networks, symbols, left / self.jobs)
         self._spent += time.perf_counter() - start
         self.jobs = max(self.jobs - 1, 1)
         self.timed += len(keys)
-        self._store.put(dict(zip(keys, found, strict=True)))
+        if self._store:
+            self._store.put(dict(zip(keys, found, strict=True)))
         return found
 
     def _race(self, networks: Sequence[Network], symbols: Mapping[str, int], budget: float) -> list[float]:
         feeds = _feeds(networks[0], symbols)
-        end = time.perf_counter() + budget
-        samples: dict[int, list[float]] = {}
-        entrants: dict[int, tuple[Session, int]] = {}
+        entrants = {}
         for number, network in enumerate(networks):
             try:
-                session = Session(_model(network), self.providers)
-                samples[number] = [_block(session, feeds, 1)]  # the first call also allocates
-            except Exception:  # a candidate that cannot run is no candidate
-                samples[number] = [math.inf]
+                call = Session(_model(network), self.providers).bound(feeds)
+                call()
+            except Exception:  # ONNX Runtime's own have no common base; what cannot run is no candidate
                 continue
-            if samples[number][0] > 10 * min(s[0] for s in samples.values()) + BLOCK_S:
-                continue
-            first = _block(session, feeds, 1)
-            samples[number] = [first]
-            entrants[number] = (session, max(1, round(BLOCK_S / max(first, 1e-7))))
-        shuffle = random.Random(0).shuffle
-        order = list(entrants)
-        for turn in itertools.count():
-            shuffle(order)
-            for number in order:
-                session, calls = entrants[number]
-                _block(session, feeds, 1)  # brings its weights back into the caches
-                samples[number].append(_block(session, feeds, calls))
-            if turn == 1:
-                best = min(min(samples[n]) for n in order) if order else 0.0
-                order = [n for n in order if min(samples[n]) <= HOPELESS * best]
-            if (turn >= 4 and time.perf_counter() > end) or turn >= 60 or not order:
-                break
-        return [float(np.median(s[1:] if len(s) > 1 else s)) for s in (samples[n] for n in range(len(networks)))]
+            entrants[str(number)] = call
+        raced = race(entrants, rounds=60, budget_s=budget)
+        return [raced.median(name) / 1e3 if (name := str(n)) in entrants else math.inf for n in range(len(networks))]
 
     def _key(self, network: Network, symbols: Mapping[str, int]) -> str:
         text = repr((self.place, sorted(symbols.items()), _canonical(network)))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _block(session: Session, feeds: Mapping[str, Array], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        session.run(feeds)
-    return (time.perf_counter() - start) / calls
 
 
 def _feeds(network: Network, symbols: Mapping[str, int]) -> dict[str, Array]:
@@ -140,9 +109,7 @@ def _model(network: Network) -> bytes:
         numbers = generator.standard_normal(tensor.data.shape, np.float32) / math.sqrt(max(tensor.data.size, 1))
         return Tensor(f"core_{id(tensor)}", tensor.axes, numbers.astype(tensor.data.dtype))
 
-    terms = tuple(
-        type(term)(tuple(map(filled, term.tensors)), term.order, term.steps) for term in network.terms
-    )
+    terms = tuple(type(term)(tuple(map(filled, term.tensors)), term.order, term.steps) for term in network.terms)
     model = network_model(Network(network.name, terms, network.output, network.dtype))
     data: bytes = onnx_ir.to_proto(model).SerializeToString()
     return data

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tncompile import __version__
-from tncompile.commands import tune
+from tncompile.commands import bench, tune
+from tncompile.commands.options import console as _console
+from tncompile.commands.options import sizes as _sizes
 from tncompile.errors import LoadError, OutputError, TNCompileError
 from tncompile.runtime.files import check_writable, write_file
 
@@ -25,6 +27,7 @@ other commands:
   tncompile inspect FILE     show the tensor networks of a model or of a compiled file
   tncompile verify MODEL OUT check a compiled file against the model it came from
   tncompile tune --device    measure this machine, for better plans on it
+  tncompile bench MODEL      time the compiled model beside the other ways to run it
 """
 
 PASSES_HELP = "passes to run, in order, with options in braces: clean,fold,clean,merge_cores,order{max_trials=64}"
@@ -39,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "inspect": (_inspect_parser, _inspect),
         "verify": (_verify_parser, _verify),
         "tune": (tune.parser, tune.run),
+        "bench": (bench.parser, bench.run),
     }
     make, run = commands.get(arguments[0] if arguments else "", (_compile_parser, _compile))
     if run is not _compile:
@@ -125,16 +129,6 @@ def _example_option(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npz",
         help="inputs to check on, by name, instead of random ones; may be given several times",
     )
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(",") if part.strip())
-    if not sizes or min(sizes) < 1:
-        raise ValueError(text)
-    return sizes
-
-
-_sizes.__name__ = "list of sizes"
 
 
 def _dimension(text: str) -> tuple[str, int]:
@@ -274,13 +268,6 @@ def _load_example(path: str) -> dict[str, Array]:
         raise LoadError(f"{path}: no such file") from error
     except Exception as error:  # whatever a damaged archive makes numpy raise
         raise LoadError(f"{path}: not a readable .npz file of arrays ({error})") from error
-
-
-def _console(file: Any) -> Any:
-    from rich.console import Console
-
-    console = Console(file=file, highlight=False)
-    return console if console.is_terminal else Console(file=file, highlight=False, width=140)
 
 
 class _Progress:

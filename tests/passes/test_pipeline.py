@@ -62,7 +62,7 @@ def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cleen", "no pass 'cleen'; the passes are clean, fold, merge_cores, order"),
+        ("cleen", "no pass 'cleen'; the passes are clean, fold, merge_cores, dense, order"),
         ("clean,order,magic{x=1}", "no pass 'magic'"),
         ("order{speed=9}", "order has no option 'speed'; it has max_trials"),
         ("clean{x=1}", "clean has no option 'x'; it has none"),

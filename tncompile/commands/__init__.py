@@ -1,1 +1,1 @@
-"""Commands of the command line, a file each: `parser()` and `run(options)`."""
+"""Commands of the command line, one a module: ``parser()`` and ``run(options)``. Their heavy imports are lazy."""
