@@ -64,6 +64,13 @@ def _compile_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the ONNX file to write")
     _planning_options(parser)
+    parser.add_argument(
+        "--store",
+        choices=("auto", "cores", "folded"),
+        default="auto",
+        help="folded layers in the file: as the cores they were made of, which ONNX Runtime folds at load, or written "
+        "out; auto: the smaller, unless loading would take over 0.5 s longer",
+    )
     parser.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")
     parser.add_argument("--no-check", action="store_true", help="do not compare with the model in float64")
     _example_option(parser)
@@ -162,6 +169,7 @@ def _compile(options: argparse.Namespace) -> int:
             batch=options.batch,
             sizes=dict(options.dim),
             passes=passes or DEFAULT,
+            store=options.store,
             check=not options.no_check,
             examples=[_load_example(path) for path in options.example],
             progress=progress,

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx_ir
 import torch
 
 from tncompile import __version__
-from tncompile.emit.program import to_onnx
-from tncompile.errors import CheckError, TNCompileError, UnsupportedError, VerificationError
+from tncompile.emit.file import Store, write
+from tncompile.errors import CheckError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.load import load_exported
 from tncompile.frontend.trace import trace
@@ -127,6 +125,7 @@ def compile_exported(
     batch: int | Sequence[int] = DEFAULT_BATCH,
     sizes: Mapping[str, int] | None = None,
     passes: Sequence[Pass] = DEFAULT,
+    store: Store = "auto",
     check: bool = True,
     examples: Sequence[Mapping[str, Array]] = (),
     progress: Progress = _no_progress,
@@ -135,9 +134,10 @@ def compile_exported(
 ) -> CompiledModel:
     """Compile an exported program.
 
-    `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name.
-    `check`: run the result against the traced model in float64 (CheckError where it is wrong), on `examples`
-    (arrays by input name) or on random inputs. Raises UnsupportedError for what cannot be compiled.
+    `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name. `store`: keep
+    folded layers as ``"cores"`` in the file or write them ``"folded"``; ``"auto"`` takes the smaller unless loading
+    would take too long. `check`: run the result against the traced model in float64 (CheckError where it is wrong),
+    on `examples` (arrays by input name) or on random inputs. Raises UnsupportedError for what cannot be compiled.
     """
     seconds = {"load": load_seconds}
     watch = _Watch(seconds)
@@ -150,24 +150,29 @@ def compile_exported(
     program = list(stages.values())[-1]
     watch("passes")
     progress("writing ONNX")
-    data = to_bytes(program, traced)
+    file = write(program, traced, store)
     watch("emit")
     result: CheckReport | None = None
     session: Session | None = None
     if check:
         progress("checking the numbers")
-        session = Session(data)
+        session = Session(file.data)
         result = check_session(session, traced, batches, examples)
+        if not result.passed and file.folded is not None:
+            file = file.written_out("folding the cores in float32 at load is not as exact as it must be")
+            session = Session(file.data)
+            result = check_session(session, traced, batches, examples)
         watch("check")
     composed = stages.get("fold", traced.program)
-    networks, views = summarize(composed, program, reports, context)
+    networks, views = summarize(composed, program, reports, context, file.storage.cores)
     report = Report(
         networks=networks,
         passes=reports,
         check=result,
         seconds=seconds,
         model=model,
-        size=len(data),
+        size=len(file.data),
+        storage=file.storage,
         views=views,
         opaque=sum(isinstance(n, Opaque) and n.output.dtype != "scalar" for n in program.nodes),
         batches=context.batches,
@@ -176,7 +181,7 @@ def compile_exported(
     )
     if result is not None and not result.passed:
         raise CheckError(f"the compiled model is not as exact as it must be: {result}")
-    return CompiledModel(data, program, report, traced, stages, session)
+    return CompiledModel(file.data, program, report, traced, stages, session)
 
 
 def planning_context(traced: TracedModel, batches: Sequence[int], sizes: Mapping[str, int]) -> Context:
@@ -236,18 +241,8 @@ def check_session(
 
 
 def to_bytes(program: Program, traced: TracedModel) -> bytes:
-    """A scheduled program as the bytes of an ONNX file that passes `onnx.checker`."""
-    size = sum(a.nbytes for a in program.arrays.values())
-    if size > 2**31 - 2**20:
-        raise UnsupportedError(f"the compiled model would be {size / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
-    proto = onnx_ir.to_proto(to_onnx(program, traced))
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise VerificationError(f"the emitted model is not valid ONNX, a fault of tncompile: {reason}") from error
-    data: bytes = proto.SerializeToString(deterministic=True)
-    return data
+    """A scheduled program as the bytes of an ONNX file that passes `onnx.checker`, folded layers written out."""
+    return write(program, traced, "folded").data
 
 
 __all__ = [

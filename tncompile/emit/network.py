@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as onnx
 
 from tncompile.cost.schedule import classify, reduced_layout
-from tncompile.emit.graph import GraphWriter, Group, Groups, Laid, Symbols, Weights
+from tncompile.emit.graph import Arranged, GraphWriter, Group, Groups, Laid, Symbols, Weights
 from tncompile.ir import Array, Network, Step, Tensor, Term
 from tncompile.ir.evaluate import evaluate_term, merge
 
@@ -331,7 +331,9 @@ class _Lowering:
         perm = [names.index(n) for n in order]
         array = np.ascontiguousarray(side.array().transpose(perm)).reshape(shape)
         suffix = "" if perm == sorted(perm) else f"[{' '.join(order)}]"
-        return Laid(self.write.weights.add(side.name + suffix, array), groups)
+        value = self.write.weights.add(side.name + suffix, array)
+        Arranged(side, groups).note(value)
+        return Laid(value, groups)
 
     # ------------------------------------------------------------------------------ biases
 

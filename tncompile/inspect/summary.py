@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tncompile.emit.file import Storage
 from tncompile.ir import Network, Program, dims
 from tncompile.passes.base import Context, PassReport
 from tncompile.passes.order import cost_of, dense_tree
@@ -57,6 +58,7 @@ class Report:
     seconds: dict[str, float]
     model: str = ""
     size: int = 0
+    storage: Storage | None = None
     views: int = 0
     opaque: int = 0
     batches: tuple[int, ...] = ()
@@ -102,8 +104,16 @@ class Report:
             parts += [Text(f"  {output}") for output in self.check.outputs]
         total = sum(self.seconds.values())
         spent = ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())
-        parts.append(Text(f"{total:.1f} s ({spent})" + (f"; a file of {self.size / 1e6:.2f} MB" if self.size else "")))
+        parts.append(Text(f"{total:.1f} s ({spent})" + (f"; {self._file()}" if self.size else "")))
         return parts
+
+    def _file(self) -> str:
+        """The file's size, and what it would be with folded layers stored the other way."""
+        text = f"a file of {self.size / 1e6:.2f} MB"
+        if self.storage is None or not self.storage.differs:
+            return text
+        folded, cores = (b / 1e6 for b in (self.storage.folded_bytes, self.storage.cores_bytes))
+        return f"{text} (layers folded {folded:.2f} MB, as cores {cores:.2f} MB; {self.storage.why})"
 
     def _table(self) -> RenderableType:
         from rich import box
@@ -143,10 +153,15 @@ def _short(number: float) -> str:
 
 
 def summarize(
-    before: Program, after: Program, passes: Sequence[PassReport], context: Context
+    before: Program,
+    after: Program,
+    passes: Sequence[PassReport],
+    context: Context,
+    as_parts: Collection[str] = (),
 ) -> tuple[tuple[NetworkSummary, ...], int]:
     """The networks with weights, and how many have none. `before` is the program with layers composed but
-    cores as they were; values keep their names, so the two programs pair up."""
+    cores as they were; values keep their names, so the two programs pair up. `as_parts` names the cores that the
+    file holds as what they were made of."""
     originals = {n.output.name: n for n in before.networks}
     decisions = {name: _headlines(name, passes) for name in originals}
     summaries, views = [], 0
@@ -155,11 +170,13 @@ def summarize(
         if not any(c.indices for c in original.cores):
             views += 1
             continue
-        summaries.append(_summary(original, network, decisions.get(network.output.name, ()), context))
+        summaries.append(_summary(original, network, decisions.get(network.output.name, ()), context, as_parts))
     return tuple(summaries), views
 
 
-def _summary(original: Network, final: Network, decisions: Sequence[str], context: Context) -> NetworkSummary:
+def _summary(
+    original: Network, final: Network, decisions: Sequence[str], context: Context, as_parts: Collection[str]
+) -> NetworkSummary:
     moving = [t for t in original.terms if not t.is_constant]
     output = {i.name for i in original.output.indices}
     outer = output | {i.name for t in original.operands for i in t.indices}
@@ -189,7 +206,7 @@ def _summary(original: Network, final: Network, decisions: Sequence[str], contex
         bonds=tuple(f"{name}={index.size}" for name, index in bonds.items()),
         parameters=sum(_size(c) for c in original.cores),
         dense_parameters=dense_parameters,
-        stored=sum(_size(c) for c in final.cores),
+        stored=sum(c.recipe.elements if c.recipe and c.name in as_parts else _size(c) for c in final.cores),
         costs=costs,
         plan=tuple(plan),
         decisions=tuple(decisions),

@@ -40,12 +40,14 @@ class Tensor:
     """A tensor of a network: a core where `data` is given, else an operand that flows in at run time.
 
     `axes` has one group of indices for each physical axis. `name` is the weight's name, or the name of the
-    value that flows in. An index may stand twice in one tensor (its diagonal is meant).
+    value that flows in. An index may stand twice in one tensor (its diagonal is meant). `recipe` says how
+    `data` came to be, where it was contracted from smaller cores; it is no part of equality.
     """
 
     name: str
     axes: tuple[Axis, ...]
     data: Array | None = None
+    recipe: Recipe | None = field(default=None, repr=False)
 
     @property
     def is_core(self) -> bool:
@@ -154,6 +156,22 @@ def left_to_right(positions: Any) -> Tree:
     for position in positions:
         tree = position if tree is None else (tree, position)
     return () if tree is None else tree
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a core's data came to be: the contraction of `term`, which has cores only, with one axis for each of `kept`.
+
+    Its indices have names of their own: those of the core may be renamed or split, its data stays in this order.
+    """
+
+    term: Term
+    kept: tuple[Index, ...]
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the cores it is made of, each array counted once."""
+        return sum({id(core.data): core.data.size for core in self.term.tensors if core.data is not None}.values())
 
 
 @dataclass(frozen=True)
