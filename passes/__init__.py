@@ -6,6 +6,7 @@ if __name__ != "tncompile.passes":
 from tncompile.passes.base import Change, Context, Pass, PassReport
 from tncompile.passes.clean import Clean
 from tncompile.passes.fold import Fold
+from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
 from tncompile.passes.pipeline import DEFAULT, Pipeline, parse_passes
@@ -16,6 +17,7 @@ __all__ = [
     "Clean",
     "Context",
     "Fold",
+    "Limit",
     "MergeCores",
     "Order",
     "Pass",

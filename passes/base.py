@@ -18,11 +18,13 @@ class Context:
     """What passes may know besides the program: the sizes to plan for and the device.
 
     `batches` are the sizes of the symbol ``batch`` that matter; `sizes` those of all other symbols.
+    `max_memory` bounds the bytes that the operands and intermediates of a network take at once.
     """
 
     batches: tuple[int, ...] = (1, 32)
     sizes: Mapping[str, int] = field(default_factory=dict)
     profile: DeviceProfile = CPU
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", tuple(sorted({*self.batches})))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tncompile.cost.memory import price
 from tncompile.cost.schedule import Schedule, Scheduler, reduced_layout
 from tncompile.cost.search import TreeSearch
 from tncompile.ir import Network, Node, Program, Step, Term, Tree
@@ -86,7 +87,7 @@ class Order(Pass):
         return chosen
 
     def _candidates(self, network: Network, term: Term, context: Context) -> list[Candidate]:
-        searches = [_search(network, term, context, batch) for batch in context.batches]
+        searches = [search_of(network, term, context, batch) for batch in context.batches]
         trees: dict[Tree, str] = {term.order: "as traced"}
         dense = searches[0].dense()
         if dense is not None:
@@ -140,8 +141,14 @@ def _ways(network: Network, term: Term, tree: Tree, label: str, context: Context
     """The best schedule of a tree for each batch size, each priced at all of them."""
     merged = merge_constants(network, term, tree, shapes_only=True)
     schedulers = [scheduler(network, merged, context, batch) for batch in context.batches]
-    found = dict.fromkeys(s.schedule(merged.order).steps for s in schedulers)
+    found = schedules(network, merged, context)
     return [Candidate(label, tree, steps, tuple(s.price(steps).seconds for s in schedulers)) for steps in found]
+
+
+def schedules(network: Network, term: Term, context: Context) -> list[tuple[Step, ...]]:
+    """The best steps of a term, in its order, for each batch size; each once."""
+    found = (scheduler(network, term, context, batch).schedule(term.order).steps for batch in context.batches)
+    return list(dict.fromkeys(found))
 
 
 def _scheduled(network: Network, term: Term, context: Context) -> Term:
@@ -175,7 +182,7 @@ def merge_constants(network: Network, term: Term, tree: Tree, shapes_only: bool 
                 find(branch)
 
     find(tree)
-    term = replace(term, order=tree, steps=None)
+    term = replace(term, order=tree, steps=None, slices=())
     tags = list(range(len(term.tensors)))  # positions shift as tensors go
     for group in groups:
         now = [tags.index(p) for p in group]
@@ -184,7 +191,7 @@ def merge_constants(network: Network, term: Term, tree: Tree, shapes_only: bool 
     return term
 
 
-def _search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
+def search_of(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
     """The search of one term of a network at one batch size."""
     output = tuple(i.name for i in network.output.indices)
     inputs = [reduced_layout(term, p, output) for p in range(len(term.tensors))]
@@ -195,13 +202,15 @@ def _search(network: Network, term: Term, context: Context, batch: int) -> TreeS
 
 def dense_tree(network: Network, term: Term, context: Context, batch: int) -> Tree | None:
     """The order that first merges all cores of a term; None where their product is too large."""
-    return _search(network, term, context, batch).dense()
+    return search_of(network, term, context, batch).dense()
 
 
 def cost_of(network: Network, term: Term, tree: Tree | None, context: Context, batch: int) -> Schedule:
     """Predicted cost of one order of a term; without a tree, of its own steps."""
-    prices = scheduler(network, term, context, batch)
-    return prices.price(term.steps or ()) if tree is None else prices.schedule(tree)
+    if tree is not None:
+        return scheduler(network, term, context, batch).schedule(tree)
+    itemsize = np.dtype(network.dtype).itemsize
+    return price(term, network.output.indices, context.index_sizes(network, batch), context.profile, itemsize)
 
 
 def _key(network: Network, term: Term) -> object:

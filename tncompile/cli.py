@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,6 +117,12 @@ def _planning_options(parser: argparse.ArgumentParser) -> None:
         help="typical size of another dynamic dimension (default: the example's)",
     )
     parser.add_argument("--passes", metavar="LIST", help=PASSES_HELP)
+    parser.add_argument(
+        "--max-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="what the operands and intermediates of a network may take at once at these batch sizes, like 500MB",
+    )
 
 
 def _example_option(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +143,16 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 _sizes.__name__ = "list of sizes"
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
+    if found is None or (size := float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")) < 1:
+        raise ValueError(text)
+    return int(size)
+
+
+_bytes.__name__ = "SIZE"
 
 
 def _dimension(text: str) -> tuple[str, int]:
@@ -170,6 +187,7 @@ def _compile(options: argparse.Namespace) -> int:
             sizes=dict(options.dim),
             passes=passes or DEFAULT,
             store=options.store,
+            max_memory=options.max_memory,
             check=not options.no_check,
             examples=[_load_example(path) for path in options.example],
             progress=progress,
@@ -240,7 +258,7 @@ def _program(options: argparse.Namespace) -> Program:
     if options.after is None:
         return traced.program
     last = len(names) - names[::-1].index(options.after)
-    context = compiler.planning_context(traced, options.batch, dict(options.dim))
+    context = compiler.planning_context(traced, options.batch, dict(options.dim), options.max_memory)
     stages, _ = compiler.run_passes(traced, context, passes[:last], scheduled=False)
     return stages[options.after]
 

@@ -126,6 +126,7 @@ def compile_exported(
     sizes: Mapping[str, int] | None = None,
     passes: Sequence[Pass] = DEFAULT,
     store: Store = "auto",
+    max_memory: int | None = None,
     check: bool = True,
     examples: Sequence[Mapping[str, Array]] = (),
     progress: Progress = _no_progress,
@@ -136,8 +137,10 @@ def compile_exported(
 
     `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name. `store`: keep
     folded layers as ``"cores"`` in the file or write them ``"folded"``; ``"auto"`` takes the smaller unless loading
-    would take too long. `check`: run the result against the traced model in float64 (CheckError where it is wrong),
-    on `examples` (arrays by input name) or on random inputs. Raises UnsupportedError for what cannot be compiled.
+    would take too long. `max_memory`: bytes that the operands and intermediates of a network may take at once, at the
+    batch sizes planned for (TNCompileError where that cannot be done). `check`: run the result against the traced
+    model in float64 (CheckError where it is wrong), on `examples` (arrays by input name) or on random inputs. Raises
+    UnsupportedError for what cannot be compiled.
     """
     seconds = {"load": load_seconds}
     watch = _Watch(seconds)
@@ -145,7 +148,7 @@ def compile_exported(
     traced = import_exported(exported)
     watch("import")
     batches = tuple(dict.fromkeys([batch] if isinstance(batch, int) else batch))
-    context = planning_context(traced, batches, sizes or {})
+    context = planning_context(traced, batches, sizes or {}, max_memory)
     stages, reports = run_passes(traced, context, passes, progress)
     program = list(stages.values())[-1]
     watch("passes")
@@ -184,14 +187,16 @@ def compile_exported(
     return CompiledModel(file.data, program, report, traced, stages, session)
 
 
-def planning_context(traced: TracedModel, batches: Sequence[int], sizes: Mapping[str, int]) -> Context:
+def planning_context(
+    traced: TracedModel, batches: Sequence[int], sizes: Mapping[str, int], max_memory: int | None = None
+) -> Context:
     """What to plan for. TNCompileError for a dimension that the model does not have."""
     known = {*traced.sizes}
     unknown = sorted({*sizes} - known)
     if unknown:
         has = f"the model has {', '.join(sorted(known))}" if known else "all shapes of the model are fixed"
         raise TNCompileError(f"no dynamic dimension {unknown[0]}; {has}")
-    return Context(tuple(batches), {**traced.sizes, **sizes})
+    return Context(tuple(batches), {**traced.sizes, **sizes}, max_memory=max_memory)
 
 
 class _Watch:

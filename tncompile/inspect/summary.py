@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tncompile.emit.file import Storage
 from tncompile.ir import Network, Program, dims
 from tncompile.passes.base import Context, PassReport
+from tncompile.passes.limit import peaks
 from tncompile.passes.order import cost_of, dense_tree
 from tncompile.runtime.check import CheckReport
 
@@ -30,7 +31,8 @@ class Cost:
 class NetworkSummary:
     """One network: `parameters` as traced, `dense_parameters` with all cores merged, `stored` in the file.
 
-    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way.
+    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way, and `memory`
+    the predicted bytes of operands and intermediates alive at once in that.
     """
 
     name: str
@@ -43,6 +45,7 @@ class NetworkSummary:
     dense_parameters: int
     stored: int
     costs: dict[int, dict[str, Cost]]
+    memory: dict[int, int]
     plan: tuple[str, ...]
     decisions: tuple[str, ...]
     source: str
@@ -208,6 +211,7 @@ def _summary(
         dense_parameters=dense_parameters,
         stored=sum(c.recipe.elements if c.recipe and c.name in as_parts else _size(c) for c in final.cores),
         costs=costs,
+        memory=dict(zip(context.batches, peaks(final, context), strict=True)),
         plan=tuple(plan),
         decisions=tuple(decisions),
         source=str(final.source),
@@ -237,6 +241,7 @@ def _headlines(value: str, passes: Sequence[PassReport]) -> tuple[str, ...]:
     merged = [c.what for name, c in changes if name == "merge_cores"]
     lines += merged if len(merged) <= 2 else [f"{len(merged)} merges of adjacent cores"]
     lines += [f"{_brief(c.what)} ({c.why})" if c.why else _brief(c.what) for name, c in changes if name == "order"]
+    lines += [f"{c.what} ({c.why})" for name, c in changes if name == "limit"]
     return tuple(lines)
 
 

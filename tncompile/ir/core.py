@@ -107,16 +107,29 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """A term is computed `count` times, each time over a part of the index called `index`.
+
+    The parts are summed where the index is summed, and concatenated where the output has it. They differ by one
+    element at most; some are empty where a run-time size is smaller than `count`.
+    """
+
+    index: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Term:
     """One einsum of a network: every index that the network's output does not have is summed.
 
     `order` is the order of contraction (as traced, until the pass `order` has chosen one); `steps` is its
-    schedule, set by that pass.
+    schedule, set by that pass. `slices` bound its memory (see the pass `limit`); its value is the same without.
     """
 
     tensors: tuple[Tensor, ...]
     order: Tree = ()
     steps: tuple[Step, ...] | None = None
+    slices: tuple[Slice, ...] = ()
 
     def __post_init__(self) -> None:
         order = left_to_right(range(len(self.tensors))) if self.order == () else _pairs(self.order)

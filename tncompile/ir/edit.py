@@ -241,7 +241,9 @@ def merge_tensors(
     if recipe is not None and recipe.elements >= data.size:
         recipe = None
     core = Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data, recipe)
-    placed = replace(term, tensors=(*term.tensors[: chosen[0]], core, *term.tensors[chosen[0] + 1 :]), steps=None)
+    placed = replace(
+        term, tensors=(*term.tensors[: chosen[0]], core, *term.tensors[chosen[0] + 1 :]), steps=None, slices=()
+    )
     return drop_tensors(placed, set(chosen[1:]))
 
 
