@@ -31,7 +31,7 @@ PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Fold, MergeCores, 
 class Pipeline:
     """Runs passes in order; where `scheduled`, `Order` too if it is not the last: nothing can be emitted without.
 
-    `Limit` follows where the context has a limit of memory.
+    `Limit` comes last, where it is named or the context has a limit of memory: it needs that schedule.
     """
 
     passes: Sequence[Pass] = DEFAULT
@@ -44,10 +44,11 @@ class Pipeline:
         verify(program, "traced")
         reports = []
         passes = list(self.passes)
-        if self.scheduled and not (passes and isinstance(passes[-1], Order | Limit)):
-            passes.append(Order())
-        if self.scheduled and context.max_memory is not None and not isinstance(passes[-1], Limit):
-            passes.append(Limit())
+        if self.scheduled:
+            limits = [p for p in passes if isinstance(p, Limit)] or [Limit()] * (context.max_memory is not None)
+            passes = [p for p in passes if not isinstance(p, Limit)]
+            passes += [Order()] * (not (passes and isinstance(passes[-1], Order)))
+            passes += limits
         for step in passes:
             start = time.perf_counter()
             program, changes = step.run(program, context)
