@@ -98,6 +98,8 @@ def test_a_limit_of_memory(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         main([str(model), "-o", str(out), "--max-memory", "1.5MiB", "--store", "folded", "--report", str(report), "-q"])
         == 0
     )
+    assert main(["inspect", str(model), "--after", "limit", "--max-memory", "1.5MiB"]) == 0
+    assert ir_text.parse(capsys.readouterr().out).networks[0].terms[0].steps is not None
     data = json.loads(report.read_text())
     assert max(data["networks"][0]["memory"].values()) <= 1.5 * 2**20
     assert data["storage"]["asked"] == "folded" and data["size"] == data["storage"]["folded_bytes"]

@@ -248,9 +248,11 @@ def _program(options: argparse.Namespace) -> Program:
 
         return program_of(path)
     from tncompile import compiler
-    from tncompile.passes import DEFAULT
+    from tncompile.passes import DEFAULT, Limit
 
     passes = _passes(options) or DEFAULT
+    if options.max_memory is not None and not any(isinstance(p, Limit) for p in passes):
+        passes = (*passes, Limit())
     names = [p.name() for p in passes]
     if options.after is not None and options.after not in names:
         raise TNCompileError(f"--after {options.after}: no such pass is run; the passes are {', '.join(names)}")
