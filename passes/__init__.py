@@ -7,6 +7,7 @@ from tncompile.passes.base import Change, Context, Pass, PassReport
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
+from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
 from tncompile.passes.pipeline import DEFAULT, Pipeline, parse_passes
@@ -18,6 +19,7 @@ __all__ = [
     "Context",
     "Dense",
     "Fold",
+    "Limit",
     "MergeCores",
     "Order",
     "Pass",

@@ -29,13 +29,15 @@ class Context:
     """What passes may know besides the program: the sizes to plan for and the device.
 
     `batches` are the sizes of the symbol ``batch`` that matter; `sizes` those of all other symbols. Without a
-    `timer`, plans are chosen by prediction alone.
+    `timer`, plans are chosen by prediction alone. `max_memory` bounds the bytes that the operands and intermediates
+    of a network take at once.
     """
 
     batches: tuple[int, ...] = (1, 32)
     sizes: Mapping[str, int] = field(default_factory=dict)
     profile: DeviceProfile = field(default_factory=default_profile)
     timer: Timer | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", tuple(sorted({*self.batches})))

@@ -13,6 +13,7 @@ from tncompile.passes.base import Context, Pass, PassReport
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
+from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
 
@@ -24,12 +25,15 @@ DEFAULT: tuple[Pass, ...] = (
     Order(),  # last: its schedule fits one form of the network only
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Fold, MergeCores, Dense, Order)}
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Fold, MergeCores, Dense, Order, Limit)}
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Runs passes in order; where `scheduled`, `Order` too if it is not the last: nothing can be emitted without."""
+    """Runs passes in order; where `scheduled`, `Order` too if it is not the last: nothing can be emitted without.
+
+    `Limit` comes last, where it is named or the context has a limit of memory: it needs that schedule.
+    """
 
     passes: Sequence[Pass] = DEFAULT
     scheduled: bool = True
@@ -41,13 +45,16 @@ class Pipeline:
         verify(program, "traced")
         reports = []
         passes = list(self.passes)
-        if self.scheduled and not (passes and isinstance(passes[-1], Order)):
-            passes.append(Order())
+        if self.scheduled:
+            limits = [p for p in passes if isinstance(p, Limit)] or [Limit()] * (context.max_memory is not None)
+            passes = [p for p in passes if not isinstance(p, Limit)]
+            passes += [Order()] * (not (passes and isinstance(passes[-1], Order)))
+            passes += limits
         for step in passes:
             start = time.perf_counter()
             program, changes = step.run(program, context)
             try:
-                verify(program, "scheduled" if isinstance(step, Order) else "traced")
+                verify(program, "scheduled" if isinstance(step, Order | Limit) else "traced")
             except VerificationError as error:
                 raise VerificationError(f"the pass {step.name()} left a broken program: {error}") from error
             reports.append(PassReport(step.name(), tuple(changes), time.perf_counter() - start))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tncompile.cost.exhaustive import best_trees
+from tncompile.cost.memory import price
 from tncompile.cost.schedule import Schedule, Scheduler, reduced_layout
 from tncompile.cost.search import TreeSearch
 from tncompile.ir import Network, Step, Term, Tree
@@ -129,8 +130,16 @@ def dense_tree(network: Network, term: Term, context: Context, batch: int) -> Tr
 
 def cost_of(network: Network, term: Term, tree: Tree | None, context: Context, batch: int) -> Schedule:
     """Predicted cost of one order of a term; without a tree, of its own steps."""
-    prices = scheduler(network, term, context, batch)
-    return prices.price(term.steps or ()) if tree is None else prices.schedule(tree)
+    if tree is not None:
+        return scheduler(network, term, context, batch).schedule(tree)
+    itemsize = np.dtype(network.dtype).itemsize
+    return price(term, network.output.indices, context.index_sizes(network, batch), context.profile, itemsize)
+
+
+def schedules(network: Network, term: Term, context: Context) -> list[tuple[Step, ...]]:
+    """The best steps of a term, in its order, for each batch size; each once."""
+    found = (scheduler(network, term, context, batch).schedule(term.order).steps for batch in context.batches)
+    return list(dict.fromkeys(found))
 
 
 def merge_constants(network: Network, term: Term, tree: Tree, shapes_only: bool = False) -> Term:
@@ -150,7 +159,7 @@ def merge_constants(network: Network, term: Term, tree: Tree, shapes_only: bool 
                 find(branch)
 
     find(tree)
-    term = replace(term, order=tree, steps=None)
+    term = replace(term, order=tree, steps=None, slices=())
     tags = list(range(len(term.tensors)))  # positions shift as tensors go
     for group in groups:
         now = [tags.index(p) for p in group]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from tncompile.errors import SourceRef
-from tncompile.ir import Array, Axis, Dim, Index, Network, Opaque, Program, Step, Tensor, Term, Tree, Value, dims
+from tncompile.ir import Array, Axis, Dim, Index, Network, Opaque, Program, Slice, Step, Tensor, Term, Tree, Value, dims
 from tncompile.ir.core import Arg, Constant, Node, Ref
 
 SPACE = 4096
@@ -42,7 +42,9 @@ class Draw(Protocol):
 plain_names = st.from_regex(r"[a-z][a-z0-9_]{0,3}(\.[a-z0-9]{1,3}){0,2}", fullmatch=True)
 odd_names = st.one_of(
     st.sampled_from(["/layer/MatMul_output_0", "onnx::MatMul_12", "a*b", "0.weight", 'say "x"', "a, b", "[0]", "#"]),
-    st.sampled_from(["", " ", "->", "term", "order", "core", "indices", "steps", "é", "new\nline", "back\\slash"]),
+    st.sampled_from(
+        ["", " ", "->", "term", "order", "core", "indices", "slices", "steps", "é", "new\nline", "back\\slash"]
+    ),
     st.text(max_size=6),
 )
 names = st.one_of(plain_names, plain_names, odd_names)
@@ -224,7 +226,17 @@ def schedule_of(draw: Draw, term: Term, output: Axis) -> Term:
         result = [n for n in pair if n in kept or any(n in other for other in live.values())]
         steps.append(Step(left, right, draw(st.sampled_from(["gemm", "matmul", "mul", "odd form"])), tuple(result)))
         live[len(term.tensors) + len(steps) - 1] = result
-    return Term(term.tensors, term.order, tuple(steps))
+    return Term(term.tensors, term.order, tuple(steps), slices_of(draw, term, kept))
+
+
+def slices_of(draw: Draw, term: Term, output: set[str]) -> tuple[Slice, ...]:
+    """Slices of some indices that the term shares with the output or between its tensors."""
+    holders = {n: sum(n in {i.name for i in t.indices} for t in term.tensors) for n in term.indices}
+    shared = [i for n, i in term.indices.items() if n in output or holders[n] > 1]
+    most = {i.name: i.size if isinstance(i.size, int) else 9 for i in shared}
+    long = [n for n, size in most.items() if size > 1]
+    chosen = draw(st.lists(st.sampled_from(long), max_size=2, unique=True)) if long else []
+    return tuple(Slice(n, draw(st.integers(2, most[n]))) for n in chosen)
 
 
 def draw_network(

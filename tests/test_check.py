@@ -19,6 +19,7 @@ from tests.helpers import program_of
 from tncompile import compiler
 from tncompile.cli import main
 from tncompile.compiler import CompiledModel
+from tncompile.emit.file import Written
 from tncompile.errors import CheckError, TNCompileError
 from tncompile.passes import DEFAULT, Context, Pass
 from tncompile.runtime import check as check_module
@@ -213,8 +214,13 @@ def test_a_compile_that_fails_its_check_leaves_the_output(
 ) -> None:
     output, report = tmp_path / "out.onnx", tmp_path / "report.json"
     output.write_bytes(b"what was there")
-    to_bytes = compiler.to_bytes
-    monkeypatch.setattr(compiler, "to_bytes", lambda *args: tampered(to_bytes(*args)))
+    write = compiler.write
+
+    def wrong(*args: Any) -> Written:
+        file = write(*args)
+        return Written(tampered(file.data), file.storage)
+
+    monkeypatch.setattr(compiler, "write", wrong)
     assert main([str(saved), "-o", str(output), "--report", str(report), "-q"]) == 1
     assert "not as exact as it must be" in capsys.readouterr().err
     assert output.read_bytes() == b"what was there"

@@ -88,6 +88,25 @@ def test_the_compiled_file_computes_the_model(model: Path, compiled: Path) -> No
     np.testing.assert_allclose(session.run(["output"], {"x": x})[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_limit_of_memory(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, report = tmp_path / "out.onnx", tmp_path / "report.json"
+    assert main([str(model), "-o", str(out), "--max-memory", "100B", "-q"]) == 1
+    assert "cannot be computed in 0.0001 MB at batch 32" in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(SystemExit) as usage:
+        main([str(model), "-o", str(out), "--max-memory", "12x"])
+    assert usage.value.code == 2
+    assert (
+        main([str(model), "-o", str(out), "--max-memory", "1.5MiB", "--store", "folded", "--report", str(report), "-q"])
+        == 0
+    )
+    assert main(["inspect", str(model), "--after", "limit", "--max-memory", "1.5MiB"]) == 0
+    assert ir_text.parse(capsys.readouterr().out).networks[0].terms[0].steps is not None
+    data = json.loads(report.read_text())
+    assert max(data["networks"][0]["memory"].values()) <= 1.5 * 2**20
+    assert data["storage"]["asked"] == "folded" and data["size"] == data["storage"]["folded_bytes"]
+
+
 def test_quiet_prints_nothing(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([str(model), "-o", str(tmp_path / "out.onnx"), "--quiet"]) == 0
     assert capfd.readouterr() == ("", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,6 +74,13 @@ def _compile_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the ONNX file to write")
     _planning_options(parser)
+    parser.add_argument(
+        "--store",
+        choices=("auto", "cores", "folded"),
+        default="auto",
+        help="folded layers in the file: as the cores they were made of, which ONNX Runtime folds at load, or written "
+        "out; auto: the smaller, unless loading would take over 0.5 s longer",
+    )
     parser.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")
     parser.add_argument("--no-check", action="store_true", help="do not compare with the model in float64")
     _example_option(parser)
@@ -119,6 +127,12 @@ def _planning_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--passes", metavar="LIST", help=PASSES_HELP)
     parser.add_argument("--profile", metavar="FILE|default", help=PROFILE_HELP)
+    parser.add_argument(
+        "--max-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="what the operands and intermediates of a network may take at once at these batch sizes, like 500MB",
+    )
 
 
 def _example_option(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +143,16 @@ def _example_option(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npz",
         help="inputs to check on, by name, instead of random ones; may be given several times",
     )
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
+    if found is None or (size := float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")) < 1:
+        raise ValueError(text)
+    return int(size)
+
+
+_bytes.__name__ = "SIZE"
 
 
 def _dimension(text: str) -> tuple[str, int]:
@@ -163,6 +187,8 @@ def _compile(options: argparse.Namespace) -> int:
             sizes=dict(options.dim),
             passes=passes or DEFAULT,
             profile=options.profile,
+            store=options.store,
+            max_memory=options.max_memory,
             check=not options.no_check,
             examples=[_load_example(path) for path in options.example],
             progress=progress,
@@ -224,9 +250,11 @@ def _program(options: argparse.Namespace) -> Program:
         return program_of(path)
     from tncompile import compiler
     from tncompile.cost.devices import choose
-    from tncompile.passes import DEFAULT
+    from tncompile.passes import DEFAULT, Limit
 
     passes = _passes(options) or DEFAULT
+    if options.max_memory is not None and not any(isinstance(p, Limit) for p in passes):
+        passes = (*passes, Limit())
     names = [p.name() for p in passes]
     if options.after is not None and options.after not in names:
         raise TNCompileError(f"--after {options.after}: no such pass is run; the passes are {', '.join(names)}")
@@ -234,7 +262,8 @@ def _program(options: argparse.Namespace) -> Program:
     if options.after is None:
         return traced.program
     last = len(names) - names[::-1].index(options.after)
-    context = compiler.planning_context(traced, options.batch, dict(options.dim), choose(options.profile).profile)
+    profile = choose(options.profile).profile
+    context = compiler.planning_context(traced, options.batch, dict(options.dim), profile, options.max_memory)
     stages, _ = compiler.run_passes(traced, context, passes[:last], scheduled=False)
     return stages[options.after]
 

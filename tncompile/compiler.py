@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx_ir
 import torch
 
 from tncompile import __version__
 from tncompile.cost.devices import Choice, choose
 from tncompile.cost.profile import DeviceProfile
-from tncompile.emit.program import to_onnx
-from tncompile.errors import CheckError, TNCompileError, UnsupportedError, VerificationError
+from tncompile.emit.file import Store, write
+from tncompile.errors import CheckError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.load import load_exported
 from tncompile.frontend.trace import trace
@@ -129,6 +127,8 @@ def compile_exported(
     batch: int | Sequence[int] = DEFAULT_BATCH,
     sizes: Mapping[str, int] | None = None,
     passes: Sequence[Pass] = DEFAULT,
+    store: Store = "auto",
+    max_memory: int | None = None,
     check: bool = True,
     examples: Sequence[Mapping[str, Array]] = (),
     profile: DeviceProfile | str | None = None,
@@ -138,10 +138,13 @@ def compile_exported(
 ) -> CompiledModel:
     """Compile an exported program.
 
-    `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name.
-    `profile`: of the device to plan for, or as in `tncompile.cost.devices.choose`.
-    `check`: run the result against the traced model in float64 (CheckError where it is wrong), on `examples`
-    (arrays by input name) or on random inputs. Raises UnsupportedError for what cannot be compiled.
+    `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name. `store`: keep
+    folded layers as ``"cores"`` in the file or write them ``"folded"``; ``"auto"`` takes the smaller unless loading
+    would take too long. `max_memory`: bytes that the operands and intermediates of a network may take at once, at the
+    batch sizes planned for (TNCompileError where that cannot be done). `profile`: of the device to plan for, or as in
+    `tncompile.cost.devices.choose`. `check`: run the result against the traced model in float64 (CheckError where it
+    is wrong), on `examples` (arrays by input name) or on random inputs. Raises UnsupportedError for what cannot be
+    compiled.
     """
     seconds = {"load": load_seconds}
     watch = _Watch(seconds)
@@ -150,29 +153,34 @@ def compile_exported(
     traced = import_exported(exported)
     watch("import")
     batches = tuple(dict.fromkeys([batch] if isinstance(batch, int) else batch))
-    context = planning_context(traced, batches, sizes or {}, device.profile)
+    context = planning_context(traced, batches, sizes or {}, device.profile, max_memory)
     stages, reports = run_passes(traced, context, passes, progress)
     program = list(stages.values())[-1]
     watch("passes")
     progress("writing ONNX")
-    data = to_bytes(program, traced)
+    file = write(program, traced, store)
     watch("emit")
     result: CheckReport | None = None
     session: Session | None = None
     if check:
         progress("checking the numbers")
-        session = Session(data)
+        session = Session(file.data)
         result = check_session(session, traced, batches, examples)
+        if not result.passed and file.folded is not None:
+            file = file.written_out("folding the cores in float32 at load is not as exact as it must be")
+            session = Session(file.data)
+            result = check_session(session, traced, batches, examples)
         watch("check")
     composed = stages.get("fold", traced.program)
-    networks, views = summarize(composed, program, reports, context)
+    networks, views = summarize(composed, program, reports, context, file.storage.cores)
     report = Report(
         networks=networks,
         passes=reports,
         check=result,
         seconds=seconds,
         model=model,
-        size=len(data),
+        size=len(file.data),
+        storage=file.storage,
         views=views,
         opaque=sum(isinstance(n, Opaque) and n.output.dtype != "scalar" for n in program.nodes),
         batches=context.batches,
@@ -183,11 +191,15 @@ def compile_exported(
     )
     if result is not None and not result.passed:
         raise CheckError(f"the compiled model is not as exact as it must be: {result}")
-    return CompiledModel(data, program, report, traced, stages, session)
+    return CompiledModel(file.data, program, report, traced, stages, session)
 
 
 def planning_context(
-    traced: TracedModel, batches: Sequence[int], sizes: Mapping[str, int], profile: DeviceProfile
+    traced: TracedModel,
+    batches: Sequence[int],
+    sizes: Mapping[str, int],
+    profile: DeviceProfile,
+    max_memory: int | None = None,
 ) -> Context:
     """What to plan for. TNCompileError for a dimension that the model does not have."""
     known = {*traced.sizes}
@@ -195,7 +207,7 @@ def planning_context(
     if unknown:
         has = f"the model has {', '.join(sorted(known))}" if known else "all shapes of the model are fixed"
         raise TNCompileError(f"no dynamic dimension {unknown[0]}; {has}")
-    return Context(tuple(batches), {**traced.sizes, **sizes}, profile)
+    return Context(tuple(batches), {**traced.sizes, **sizes}, profile, max_memory=max_memory)
 
 
 class _Watch:
@@ -245,18 +257,8 @@ def check_session(
 
 
 def to_bytes(program: Program, traced: TracedModel) -> bytes:
-    """A scheduled program as the bytes of an ONNX file that passes `onnx.checker`."""
-    size = sum(a.nbytes for a in program.arrays.values())
-    if size > 2**31 - 2**20:
-        raise UnsupportedError(f"the compiled model would be {size / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
-    proto = onnx_ir.to_proto(to_onnx(program, traced))
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise VerificationError(f"the emitted model is not valid ONNX, a fault of tncompile: {reason}") from error
-    data: bytes = proto.SerializeToString(deterministic=True)
-    return data
+    """A scheduled program as the bytes of an ONNX file that passes `onnx.checker`, folded layers written out."""
+    return write(program, traced, "folded").data
 
 
 __all__ = [

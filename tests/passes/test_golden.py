@@ -1,7 +1,8 @@
 """Programs before and after a pass: one file in golden/ for each, rewritten by ``pytest --update-golden``.
 
 A file says what it shows, names the pass with its options, the tolerance of the numbers (see
-`tests.helpers.apply_pass`), and which cores are not random (``fill: ones=1``). Then follow the program that goes in,
+`tests.helpers.apply_pass`), which cores are not random (``fill: ones=1``), and the limit of memory in bytes
+(``max_memory: 1000``). Then follow the program that goes in,
 the one that comes out, and what the pass reports: ``+`` done, ``-`` declined.
 """
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.helpers import apply_pass, program_of
 from tncompile.ir import text as ir_text
-from tncompile.passes import Change, Pass, parse_passes
+from tncompile.passes import Change, Context, Pass, parse_passes
 from tncompile.passes.pipeline import PASSES
 
 FOLDER = Path(__file__).parent / "golden"
@@ -65,7 +66,8 @@ def test_golden(path: Path, update_golden: bool) -> None:
     case = Case.read(path)
     fill = dict(pair.split("=") for pair in case.options.get("fill", "").split())
     program = program_of(case.before, **{name: float(value) for name, value in fill.items()})
-    after, changes = apply_pass(case.step, program, tolerance=float(case.options["tolerance"]))
+    context = Context(max_memory=int(limit)) if (limit := case.options.get("max_memory")) else Context()
+    after, changes = apply_pass(case.step, program, tolerance=float(case.options["tolerance"]), context=context)
     text = ir_text.dump(after).strip()
     report = "\n".join(_line(c, why=case.step.name() != "order") for c in changes)
     if update_golden:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as onnx
 
 from tncompile.errors import UnsupportedError
-from tncompile.ir import Array, Dim, dims
+from tncompile.ir import Array, Dim, Tensor, dims
 
 Group = tuple[str, ...]
 Groups = tuple[Group, ...]
@@ -41,6 +41,29 @@ class Laid:
         return tuple(name for axis in self.axes for name in axis)
 
 
+@dataclass(frozen=True)
+class Arranged:
+    """A core that was contracted at compile time, and the groups of its indices that an initializer holds it in."""
+
+    core: Tensor
+    groups: Groups
+
+    def note(self, value: onnx.Value) -> None:
+        """Remember on an initializer what it holds, where its core's recipe still says how to make it."""
+        recipe = self.core.recipe
+        if recipe is not None and [i.size for i in recipe.kept] == [i.size for i in self.core.indices]:
+            value.meta.setdefault(_ARRANGED, self)
+
+    @staticmethod
+    def of(value: onnx.Value) -> Arranged | None:
+        """What was noted on an initializer."""
+        found = value.meta.get(_ARRANGED)
+        return found if isinstance(found, Arranged) else None
+
+
+_ARRANGED = "tncompile.arranged"
+
+
 @dataclass
 class Weights:
     """The initializers of a model: equal arrays are stored once.
@@ -56,9 +79,7 @@ class Weights:
     def add(self, name: str, array: Array) -> onnx.Value:
         """The initializer that holds this array."""
         array = np.asarray(array, order="C")
-        digest = hashlib.sha256(array.tobytes())
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        key = digest.digest()
+        key = self._key(array)
         if key not in self.values:
             name = next(n for k in range(len(self.taken) + 1) if (n := f"{name}.{k}" if k else name) not in self.taken)
             self.taken.add(name)
@@ -69,6 +90,16 @@ class Weights:
                 const_value=onnx.tensor(array, name=name),
             )
         return self.values[key]
+
+    def known(self, value: onnx.Value, array: Array) -> None:
+        """Use an initializer that is there already wherever its array is wanted."""
+        self.values.setdefault(self._key(np.asarray(array, order="C")), value)
+
+    @staticmethod
+    def _key(array: Array) -> bytes:
+        digest = hashlib.sha256(array.tobytes())
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        return digest.digest()
 
 
 class GraphWriter:

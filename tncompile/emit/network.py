@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as onnx
 
 from tncompile.cost.schedule import classify, reduced_layout
-from tncompile.emit.graph import GraphWriter, Group, Groups, Laid, Symbols, Weights
-from tncompile.ir import Array, Network, Step, Tensor, Term
+from tncompile.emit.graph import Arranged, GraphWriter, Group, Groups, Laid, Symbols, Weights
+from tncompile.emit.slices import in_slices
+from tncompile.ir import Array, Index, Network, Step, Tensor, Term
 from tncompile.ir.evaluate import evaluate_term, merge
 
 Side = Laid | Tensor  # a run-time array, or a core whose order is still free
@@ -128,6 +129,12 @@ class _Lowering:
                 sides.append(self._reduced_core(tensor, layout))
             else:
                 sides.append(self._take(self._laid(tensor, self.values[tensor.name]), layout))
+        if not term.slices:
+            return self._steps(term, sides, biases)
+        result = in_slices(term.slices, sides, self.write, self.output, lambda parts: self._steps(term, parts, ()))
+        return self._add_bias(result, biases) if biases else result
+
+    def _steps(self, term: Term, sides: list[Side], biases: Sequence[Term]) -> Laid:
         if term.steps is None:
             raise ValueError(f"{self.network.label}: a term has no schedule")
         pending = biases
@@ -304,9 +311,9 @@ class _Lowering:
         """A number along the last axis: ONNX Runtime fuses a plain one into the matmul before, as a float32."""
         if number.data is None or not axis or any(map(self.write.symbolic, axis)):
             return number, ()
-        indices = self.network.indices
         data = np.full([int(self.write.sizes[n]) for n in axis], number.data.reshape(()))
-        return Tensor(number.name, tuple((indices[n],) for n in axis), data), (axis,)
+        indices = (Index(n, size) for n, size in zip(axis, data.shape, strict=True))
+        return Tensor(number.name, tuple((i,) for i in indices), data), (axis,)
 
     def _runs(self, names: Group, kind: object) -> list[Group]:
         runs: list[Group] = []
@@ -331,7 +338,9 @@ class _Lowering:
         perm = [names.index(n) for n in order]
         array = np.ascontiguousarray(side.array().transpose(perm)).reshape(shape)
         suffix = "" if perm == sorted(perm) else f"[{' '.join(order)}]"
-        return Laid(self.write.weights.add(side.name + suffix, array), groups)
+        value = self.write.weights.add(side.name + suffix, array)
+        Arranged(side, groups).note(value)
+        return Laid(value, groups)
 
     # ------------------------------------------------------------------------------ biases
 

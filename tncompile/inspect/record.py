@@ -21,9 +21,9 @@ def to_json(program: Program) -> Record:
 
     The keys are those of the IR's classes. A network's term lists its tensors with their parameters, its bonds
     (see `tncompile.inspect.bonds.Bond`) with the positions of the tensors they join, its `order` as nested
-    lists of positions, and its `steps`, or None before they are chosen. A switch lists its cases, networks that
-    compute the same value, each with the sizes it serves. An index is meant by its name; sizes
-    are numbers, or strings where symbolic. In arguments, ``{"ref": name}`` is a value or a weight,
+    lists of positions, the `slices` it is computed in, and its `steps`, or None before they are chosen. A switch
+    lists its cases, networks that compute the same value, each with the sizes it serves. An index is meant by its
+    name; sizes are numbers, or strings where symbolic. In arguments, ``{"ref": name}`` is a value or a weight,
     ``{"constant": spelling}`` something of torch's, ``{"float": "nan"}`` (or ``"inf"``, ``"-inf"``) a float
     that JSON does not have. Parameters count an array once however often it is used.
     """
@@ -89,6 +89,7 @@ def _term(term: Term, output: Iterable[Index]) -> Record:
             for bond in bonds(term, output)
         ],
         "order": _lists(term.order),
+        "slices": [{"index": s.index, "count": s.count} for s in term.slices],
         "steps": None
         if steps is None
         else [

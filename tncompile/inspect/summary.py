@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tncompile.emit.file import Storage
 from tncompile.ir import Network, Opaque, Program, Switch, dims, networks_of
 from tncompile.passes.base import Context, PassReport
+from tncompile.passes.limit import peaks
 from tncompile.passes.plans import cost_of, dense_tree
 from tncompile.runtime.check import CheckReport
 
@@ -29,8 +31,9 @@ class Cost:
 class NetworkSummary:
     """One network: `parameters` as traced, `dense_parameters` with all cores merged, `stored` in the file.
 
-    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way. `plans`
-    has the steps of each plan by the batch sizes it serves.
+    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way, and `memory`
+    the predicted bytes of operands and intermediates alive at once in that. `plans` has the steps of each plan by
+    the batch sizes it serves.
     """
 
     name: str
@@ -43,6 +46,7 @@ class NetworkSummary:
     dense_parameters: int
     stored: int
     costs: dict[int, dict[str, Cost]]
+    memory: dict[int, int]
     plans: dict[str, tuple[str, ...]]
     decisions: tuple[str, ...]
     source: str
@@ -61,6 +65,7 @@ class Report:
     seconds: dict[str, float]
     model: str = ""
     size: int = 0
+    storage: Storage | None = None
     views: int = 0
     opaque: int = 0
     batches: tuple[int, ...] = ()
@@ -110,8 +115,16 @@ class Report:
             parts.append(Text(f"planned for {self.device}: {self.profile}"))
         total = sum(self.seconds.values())
         spent = ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())
-        parts.append(Text(f"{total:.1f} s ({spent})" + (f"; a file of {self.size / 1e6:.2f} MB" if self.size else "")))
+        parts.append(Text(f"{total:.1f} s ({spent})" + (f"; {self._file()}" if self.size else "")))
         return parts
+
+    def _file(self) -> str:
+        """The file's size, and what it would be with folded layers stored the other way."""
+        text = f"a file of {self.size / 1e6:.2f} MB"
+        if self.storage is None or not self.storage.differs:
+            return text
+        folded, cores = (b / 1e6 for b in (self.storage.folded_bytes, self.storage.cores_bytes))
+        return f"{text} (layers folded {folded:.2f} MB, as cores {cores:.2f} MB; {self.storage.why})"
 
     def _table(self) -> RenderableType:
         from rich import box
@@ -151,10 +164,15 @@ def _short(number: float) -> str:
 
 
 def summarize(
-    before: Program, after: Program, passes: Sequence[PassReport], context: Context
+    before: Program,
+    after: Program,
+    passes: Sequence[PassReport],
+    context: Context,
+    as_parts: Collection[str] = (),
 ) -> tuple[tuple[NetworkSummary, ...], int]:
     """The networks with weights, and how many have none. `before` is the program with layers composed but
-    cores as they were; values keep their names, so the two programs pair up."""
+    cores as they were; values keep their names, so the two programs pair up. `as_parts` names the cores that the
+    file holds as what they were made of."""
     originals = {n.output.name: n for n in before.networks}
     decisions = {name: _headlines(name, passes) for name in originals}
     summaries, views = [], 0
@@ -165,11 +183,17 @@ def summarize(
         if not any(c.indices for c in original.cores):
             views += 1
             continue
-        summaries.append(_summary(original, node, decisions.get(node.value.name, ()), context))
+        summaries.append(_summary(original, node, decisions.get(node.value.name, ()), context, as_parts))
     return tuple(summaries), views
 
 
-def _summary(original: Network, final: Network | Switch, decisions: Sequence[str], context: Context) -> NetworkSummary:
+def _summary(
+    original: Network,
+    final: Network | Switch,
+    decisions: Sequence[str],
+    context: Context,
+    as_parts: Collection[str],
+) -> NetworkSummary:
     moving = [t for t in original.terms if not t.is_constant]
     output = {i.name for i in original.output.indices}
     outer = output | {i.name for t in original.operands for i in t.indices}
@@ -200,8 +224,9 @@ def _summary(original: Network, final: Network | Switch, decisions: Sequence[str
         bonds=tuple(f"{name}={index.size}" for name, index in bonds.items()),
         parameters=sum(_size(c) for c in original.cores),
         dense_parameters=dense_parameters,
-        stored=sum(_size(c) for c in cores.values()),
+        stored=sum(c.recipe.elements if c.recipe and c.name in as_parts else _size(c) for c in cores.values()),
         costs=costs,
+        memory=dict(zip(context.batches, peaks(final, context), strict=True)),
         plans={serves: _plan(case) for serves, case in _cases(final)},
         decisions=tuple(decisions),
         source=str(final.source),
@@ -239,6 +264,7 @@ def _headlines(value: str, passes: Sequence[PassReport]) -> tuple[str, ...]:
     merged = [c.what for name, c in changes if name == "merge_cores"]
     lines += merged if len(merged) <= 2 else [f"{len(merged)} merges of adjacent cores"]
     lines += [f"{_brief(c.what)} ({c.why})" if c.why else _brief(c.what) for name, c in changes if name == "order"]
+    lines += [f"{c.what} ({c.why})" for name, c in changes if name == "limit"]
     return tuple(lines)
 
 

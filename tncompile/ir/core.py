@@ -40,12 +40,14 @@ class Tensor:
     """A tensor of a network: a core where `data` is given, else an operand that flows in at run time.
 
     `axes` has one group of indices for each physical axis. `name` is the weight's name, or the name of the
-    value that flows in. An index may stand twice in one tensor (its diagonal is meant).
+    value that flows in. An index may stand twice in one tensor (its diagonal is meant). `recipe` says how
+    `data` came to be, where it was contracted from smaller cores; it is no part of equality.
     """
 
     name: str
     axes: tuple[Axis, ...]
     data: Array | None = None
+    recipe: Recipe | None = field(default=None, repr=False)
 
     @property
     def is_core(self) -> bool:
@@ -105,16 +107,29 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """A term is computed `count` times, each time over a part of the index called `index`.
+
+    The parts are summed where the index is summed, and concatenated where the output has it. They differ by one
+    element at most; some are empty where a run-time size is smaller than `count`.
+    """
+
+    index: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Term:
     """One einsum of a network: every index that the network's output does not have is summed.
 
     `order` is the order of contraction (as traced, until the pass `order` has chosen one); `steps` is its
-    schedule, set by that pass.
+    schedule, set by that pass. `slices` bound its memory (see the pass `limit`); its value is the same without.
     """
 
     tensors: tuple[Tensor, ...]
     order: Tree = ()
     steps: tuple[Step, ...] | None = None
+    slices: tuple[Slice, ...] = ()
 
     def __post_init__(self) -> None:
         order = left_to_right(range(len(self.tensors))) if self.order == () else _pairs(self.order)
@@ -154,6 +169,22 @@ def left_to_right(positions: Any) -> Tree:
     for position in positions:
         tree = position if tree is None else (tree, position)
     return () if tree is None else tree
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a core's data came to be: the contraction of `term`, which has cores only, with one axis for each of `kept`.
+
+    Its indices have names of their own: those of the core may be renamed or split, its data stays in this order.
+    """
+
+    term: Term
+    kept: tuple[Index, ...]
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the cores it is made of, each array counted once."""
+        return sum({id(core.data): core.data.size for core in self.term.tensors if core.data is not None}.values())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from tncompile.ir import dims
-from tncompile.ir.core import Axis, Index, Network, Node, Opaque, Program, Switch, Tensor, Term, Tree
+from tncompile.ir.core import Axis, Index, Network, Node, Opaque, Program, Recipe, Switch, Tensor, Term, Tree
 from tncompile.ir.evaluate import merge
 
 
@@ -225,8 +225,8 @@ def merge_tensors(
 ) -> Term:
     """Contract some cores of a term into one, which takes the place of the first of them.
 
-    The contraction runs in float64, in the order of the term, and is rounded once. With `shapes_only` nothing
-    is computed: the new core is all zeros and takes no memory.
+    The contraction runs in float64, in the order of the term, and is rounded once. A core larger than what it is
+    made of keeps its recipe. With `shapes_only` nothing is computed: the new core is all zeros and takes no memory.
     """
     chosen = sorted(positions)
     cores = [term.tensors[p] for p in chosen]
@@ -237,8 +237,13 @@ def merge_tensors(
     else:
         with np.errstate(over="ignore"):  # a float16 product may not fit: for the caller to see
             data = merge(cores, order, keep).astype(dtype)
-    core = Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data)
-    placed = replace(term, tensors=(*term.tensors[: chosen[0]], core, *term.tensors[chosen[0] + 1 :]), steps=None)
+    recipe = None if shapes_only else Recipe(Term(tuple(cores), order), keep)
+    if recipe is not None and recipe.elements >= data.size:
+        recipe = None
+    core = Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data, recipe)
+    placed = replace(
+        term, tensors=(*term.tensors[: chosen[0]], core, *term.tensors[chosen[0] + 1 :]), steps=None, slices=()
+    )
     return drop_tensors(placed, set(chosen[1:]))
 
 

@@ -7,7 +7,22 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tncompile.errors import ParseError
-from tncompile.ir.core import Arg, Array, Index, Network, Node, Opaque, Program, Step, Switch, Tensor, Term, Tree, Value
+from tncompile.ir.core import (
+    Arg,
+    Array,
+    Index,
+    Network,
+    Node,
+    Opaque,
+    Program,
+    Slice,
+    Step,
+    Switch,
+    Tensor,
+    Term,
+    Tree,
+    Value,
+)
 from tncompile.ir.cursor import NAME, Cursor
 from tncompile.ir.dims import Dim
 
@@ -215,13 +230,27 @@ class _Parser:
         if found := self.line("order"):
             order = found[1].tree()
             found[1].end()
+        slices = self.slices()
         steps: list[Step] | None = None
         if found := self.line("steps"):
             found[1].end()
             steps = []
             while (line := self.numbered(len(tensors) + len(steps))) is not None:
                 steps.append(self.step(line))
-        return Term(tuple(tensors), order, None if steps is None else tuple(steps))
+        return Term(tuple(tensors), order, None if steps is None else tuple(steps), slices)
+
+    def slices(self) -> tuple[Slice, ...]:
+        """The line ``slices``, if it is there."""
+        found = self.line("slices")
+        slices: list[Slice] = []
+        while found is not None:
+            name = found[1].name("an index")
+            found[1].expect("=")
+            slices.append(Slice(name, found[1].integer("a count")))
+            if not found[1].accept(","):
+                found[1].end()
+                break
+        return tuple(slices)
 
     def numbered(self, number: int) -> Cursor | None:
         """The next line if it starts with a number, which has to be `number`."""

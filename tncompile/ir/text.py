@@ -16,16 +16,14 @@
         term
           0 core fc1.bias[(o1 o2)]
         -> h[batch, (o1 o2)]
-      switch batch <= 8
-        network ...
-        network ...
       opaque relu: float32[batch, 1024] = aten.relu.default(%h)
       output y = relu
 
-The networks behind a `switch`, one more than it has limits, all compute the same value, each for sizes up to its
-limit. A network is the sum of its terms; `layer` names the module that it stands for. Brackets hold one entry for each
+A line ``switch batch <= 8, 64`` says that the next networks, one more than there are limits, compute one value, each
+for sizes up to its limit. A network is the sum of its terms; `layer` names the module that it stands for. Brackets hold one entry for each
 physical axis; ``(i1 i2)`` is an axis that groups several indices, ``()`` one of size 1. `order` and the steps
-number the tensors of their term, then the results of earlier steps. ``%h`` is a value or a weight; a bare word
+number the tensors of their term, then the results of earlier steps. ``slices r=4`` between the two says that the
+term is computed in four parts of the index r. ``%h`` is a value or a weight; a bare word
 in the arguments of an opaque node is a constant of torch's. A name that is not a plain word is a JSON string.
 ``#`` starts a comment; the one behind a node is its source. The numbers of weights and cores are not in the
 text.
@@ -85,6 +83,8 @@ def _node_lines(node: Node, sources: bool) -> Iterator[str]:
             yield f"    {position} {'core' if tensor.is_core else 'operand'} {_tensor(tensor)}"
         if len(term.tensors) > 1 or term.order != left_to_right(range(len(term.tensors))):
             yield f"    order {_tree(term.order)}"
+        if term.slices:
+            yield "    slices " + ", ".join(f"{_name(s.index)}={s.count}" for s in term.slices)
         if term.steps is not None:
             yield "    steps"
             for number, step in enumerate(term.steps, start=len(term.tensors)):

@@ -20,8 +20,8 @@ def verify(program: Program, stage: Stage = "traced") -> None:
 
     Any stage: values are defined once and before use, with the shapes and dtypes their readers expect; an
     index has one size in a network; cores have the shape and dtype of their axes; one name is one array;
-    orders name every tensor of their term once. Stage ``scheduled``: every term that has operands also has
-    the steps that compute it.
+    orders name every tensor of their term once; slices are of indices that a term shares. Stage ``scheduled``: every
+    term that has operands also has the steps that compute it.
     """
     defined: dict[str, Value] = {}
     for value in program.inputs:
@@ -80,6 +80,7 @@ def _verify_network(network: Network, defined: dict[str, Value], arrays: dict[st
     for term in network.terms:
         if not term.tensors or sorted(flatten(term.order)) != list(range(len(term.tensors))):
             raise _error(network, f"order {term.order} does not name each of {len(term.tensors)} tensors once")
+        _verify_slices(network, term)
         if stage == "scheduled" and not term.is_constant:
             _verify_steps(network, term)
 
@@ -109,6 +110,19 @@ def _verify_tensor(network: Network, tensor: Tensor, defined: dict[str, Value], 
         raise _error(network, f"core {tensor.name} is {tensor.data.dtype}, the network {network.dtype}")
     if arrays.setdefault(tensor.name, tensor.data) is not tensor.data:
         raise _error(network, f"the name {tensor.name} stands for two arrays")
+
+
+def _verify_slices(network: Network, term: Term) -> None:
+    output = {i.name for i in network.output.indices}
+    for number, part in enumerate(term.slices):
+        holders = sum(part.index in {i.name for i in t.indices} for t in term.tensors)
+        if not holders or (holders < 2 and part.index not in output):
+            raise _error(network, f"slices of {part.index}, which nothing shares with the output or another tensor")
+        if part.index in {s.index for s in term.slices[:number]}:
+            raise _error(network, f"{part.index} is sliced twice")
+        size = term.indices[part.index].size
+        if part.count < 2 or (isinstance(size, int) and part.count > size):
+            raise _error(network, f"{part.count} slices of {part.index}, whose size is {size}")
 
 
 def _verify_steps(network: Network, term: Term) -> None:

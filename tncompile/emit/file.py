@@ -1,0 +1,113 @@
+"""A scheduled program as the bytes of an ONNX file, with its folded layers written out or as their cores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import onnx
+import onnx_ir
+
+from tncompile.emit.program import to_onnx
+from tncompile.emit.store import LOAD_LIMIT, affordable, choices, store_as_cores
+from tncompile.errors import TNCompileError, UnsupportedError, VerificationError
+from tncompile.frontend.importer import TracedModel
+from tncompile.ir import Program
+
+Store = Literal["auto", "cores", "folded"]
+_LIMIT = 2**31 - 2**20  # what one protobuf message holds
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a file holds layers that were folded: sizes in bytes with all of them written out and with all as cores.
+
+    `cores` are the folded cores that this file holds as their parts, and `seconds` the predicted time that ONNX
+    Runtime needs to fold them at load; `all_seconds` the same for every core that could be stored so.
+    """
+
+    asked: Store
+    folded_bytes: int
+    cores_bytes: int
+    cores: tuple[str, ...]
+    seconds: float
+    all_seconds: float
+    why: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether there is anything to choose."""
+        return self.folded_bytes != self.cores_bytes
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file's bytes. `folded` are those of the file with all layers written out, where that is another file."""
+
+    data: bytes
+    storage: Storage
+    folded: bytes | None = None
+
+    def written_out(self, why: str) -> Written:
+        """The file with all layers written out; ValueError where it is that already."""
+        if self.folded is None:
+            raise ValueError("all layers are written out")
+        return Written(self.folded, replace(self.storage, cores=(), seconds=0.0, why=why))
+
+
+def write(program: Program, traced: TracedModel, store: Store = "auto") -> Written:
+    """The ONNX file of a scheduled program.
+
+    `store`: ``"folded"`` writes folded layers out, ``"cores"`` keeps what they were made of wherever that is smaller,
+    ``"auto"`` does so as far as it adds no more than `LOAD_LIMIT` seconds to the load. UnsupportedError for over
+    2 GB, VerificationError for a file that is not valid ONNX, TNCompileError for another `store`.
+    """
+    if store not in get_args(Store):
+        raise TNCompileError(f"store is {', '.join(get_args(Store))}; not {store!r}")
+    size = sum(a.nbytes for a in program.arrays.values())
+    if size > _LIMIT:
+        raise UnsupportedError(f"the compiled model would be {size / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
+    model = to_onnx(program, traced)
+    folded = data = serialize(model)
+    found = choices(model)
+    chosen = {"folded": [], "cores": found, "auto": affordable(found)}[store]
+    if chosen:
+        store_as_cores(model, chosen)
+        data = serialize(model)
+    rest = [c for c in found if c not in chosen]
+    if rest:
+        store_as_cores(model, rest)
+    smallest = onnx_ir.to_proto(model).ByteSize() if rest else len(data)
+    storage = Storage(
+        store,
+        len(folded),
+        smallest,
+        tuple(c.core.name for c in chosen),
+        math.fsum(c.seconds for c in chosen),
+        math.fsum(c.seconds for c in found),
+        _why(store, len(found), len(chosen)),
+    )
+    return Written(data, storage, folded if chosen else None)
+
+
+def _why(store: Store, found: int, chosen: int) -> str:
+    if not found:
+        return "no folded layer is larger than its cores"
+    if store != "auto":
+        return "as asked"
+    if chosen == found:
+        return f"smaller, and folding takes under {LOAD_LIMIT} s at load"
+    return f"{found - chosen} of {found} would add over {LOAD_LIMIT} s to the load"
+
+
+def serialize(model: onnx_ir.Model) -> bytes:
+    """A model's bytes, the same for the same model. VerificationError where `onnx.checker` refuses it."""
+    proto = onnx_ir.to_proto(model)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VerificationError(f"the emitted model is not valid ONNX, a fault of tncompile: {reason}") from error
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data
