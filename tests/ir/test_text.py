@@ -208,7 +208,7 @@ def error_of(program: str) -> str:
             "result y",
             18,
             "result",
-            "expected 'input', 'weight', 'network', 'opaque' or 'output', found result",
+            "expected 'input', 'weight', 'network', 'opaque', 'switch' or 'output', found result",
         ),
         ("input x: float32[", "input x float32[", 2, "float32[", "expected ':', found float32"),
         ("weight conv.weight: float32", "weight conv.weight: floor32", 3, "conv", "floor32 is not a dtype of numpy"),
