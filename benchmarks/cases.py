@@ -26,6 +26,7 @@ from tncompile.commands.options import sizes
 from tncompile.errors import TNCompileError
 from tncompile.runtime.device import DEVICES, providers
 from tncompile.runtime.files import write_file
+from tncompile.runtime.timing import wait_politely
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +62,7 @@ def _names(text: str) -> tuple[str, ...]:
 def run(options: argparse.Namespace) -> int:
     """Measure what is missing and write everything anew. TNCompileError where the device or a file is not there."""
     providers(options.device)
+    wait_politely()
     if options.docs is not None and not options.docs.is_file():
         raise TNCompileError(f"{options.docs}: no such file")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -27,14 +27,16 @@ from tncompile.runtime.rivals import Inputs, quiet
 def measure(case: Case, options: Mapping[str, Any], result: Path) -> None:
     """Measure a case and write what was found; `error` is why a case has no rows."""
     record: dict[str, Any] = {"group": case.group, "rows": []}
+    threads = threads_of(options["threads"])  # before any package is imported: some change it for all
     try:
         with quiet():
             loaded, again = case.load(), case.load()
+        threads_of(threads)
         record["parameters"] = sum(p.numel() for p in loaded.module.parameters())
         batches: Sequence[int | None] = (None,)
         if loaded.batch_axis is not None:
             batches = tuple(options["batch"] or case.batches)
-        _contest(loaded, again, batches, options, result, record)
+        _contest(loaded, again, batches, {**options, "threads": threads}, result, record)
     except ModuleNotFoundError as error:
         record["error"] = f"not installed: {error.name}"
     except Exception as error:  # a library fails as it likes, and the other cases are to go on
@@ -60,8 +62,7 @@ def _contest(
     subject = Subject(exported, module, lambda batch: Inputs(again.at(batch)), writers)
     with tempfile.TemporaryDirectory() as folder:
         limits = Limits(first_call_s=options["limit"])
-        threads = threads_of(options["threads"])
-        contest = Contest(subject, Path(folder), options["against"], options["device"], threads, limits)
+        contest = Contest(subject, Path(folder), options["against"], options["device"], options["threads"], limits)
         rows: list[Row] = []
         for row in contest.run(batches, options["seconds"]):
             rows.append(row)

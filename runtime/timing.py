@@ -33,6 +33,15 @@ ROUNDS, MIN_ROUNDS = 150, 5
 HOPELESS, FEW_ROUNDS, SLOW_MS = 4.0, 3, 500.0
 
 
+def wait_politely() -> None:
+    """Make PyTorch's threads sleep soon when there is nothing to do; of no effect once torch is imported.
+
+    By default they spin for milliseconds at every barrier. Where anything else wants the cores, threads of ONNX Runtime
+    among it, a call of half a millisecond was then seen to take over a hundred.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
 @dataclass(frozen=True)
 class Race:
     """Milliseconds a call, by entrant: one sample a round, NaN where it sat out."""

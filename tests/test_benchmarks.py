@@ -75,6 +75,20 @@ def test_worker_measures_a_case(tmp_path: Path) -> None:
     assert "## linear, batch 2" in report.profiles({"linear": record})
 
 
+def test_a_package_may_not_change_the_threads(tmp_path: Path) -> None:
+    def make() -> Loaded:
+        torch.set_num_threads(2)
+        return Loaded(torch.nn.Linear(4, 3), (torch.randn(5, 4),))
+
+    before = torch.get_num_threads()
+    try:
+        worker.measure(Case("threads", "A", make), options(threads=1, profile=False), tmp_path / "result.json")
+        assert torch.get_num_threads() == 1
+        assert json.loads((tmp_path / "result.json").read_text())["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_worker_tells_what_is_not_installed(tmp_path: Path) -> None:
     def make() -> Loaded:
         raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")

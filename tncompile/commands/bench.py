@@ -77,6 +77,9 @@ def run(options: argparse.Namespace) -> int:
     from tncompile.frontend.load import detect
 
     detect(Path(options.model))  # a missing file is told before torch is loaded
+    from tncompile.runtime.timing import wait_politely
+
+    wait_politely()
     from rich.console import Console
 
     from tncompile.commands.options import console
