@@ -15,13 +15,21 @@ class Session:
     """An ONNX model ready to run.
 
     `model` is a path or the bytes of a model. LoadError where ONNX Runtime does not accept it.
+    `optimized_path`: where to write the model as it is run, with all that ONNX Runtime fused.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | bytes, providers: Sequence[str] = ("CPUExecutionProvider",)):
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        optimized_path: Path | None = None,
+    ):
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        if optimized_path is not None:
+            options.optimized_model_filepath = str(optimized_path)
         source: Any = model if isinstance(model, bytes) else str(model)
         try:
             self._session = ort.InferenceSession(source, options, providers=list(providers))
