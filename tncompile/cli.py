@@ -95,7 +95,12 @@ def _inspect_parser() -> argparse.ArgumentParser:
         description="Show the tensor networks of a model, or of a file that tncompile wrote.",
     )
     parser.add_argument("file", metavar="FILE", help="a file written by torch.export.save or by tncompile")
-    parser.add_argument("--format", choices=("text", "json", "dot", "networkx"), default="text", help="default: text")
+    parser.add_argument(
+        "--format",
+        choices=("text", "json", "dot", "networkx", "optimized"),
+        default="text",
+        help="default: text; optimized: the operators of an ONNX file as written and as ONNX Runtime runs them",
+    )
     parser.add_argument("--after", metavar="PASS", help="show a model as it is after this pass, not as traced")
     _planning_options(parser)
     return parser
@@ -206,6 +211,8 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if options.format == "optimized":
+        return _optimized(options)
     program = _program(options)
     from tncompile import inspect
 
@@ -217,6 +224,17 @@ def _inspect(options: argparse.Namespace) -> int:
         print(inspect.to_dot(program), end="")
     else:
         print(inspect.networkx_json(program))
+    return 0
+
+
+def _optimized(options: argparse.Namespace) -> int:
+    from tncompile.frontend.load import detect
+
+    if detect(Path(options.file)) != "ONNX":
+        raise LoadError(f"{options.file}: not an ONNX file; compile the model first, then give the compiled file")
+    from tncompile.runtime.optimized import optimized
+
+    print(optimized(options.file), end="")
     return 0
 
 

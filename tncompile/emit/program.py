@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir
 
+from tncompile.emit.fuse import fuse
 from tncompile.emit.graph import Symbols, Weights
 from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.network import lower
@@ -35,6 +36,7 @@ def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
         program = _constants_as_weights(program)
         model = export(program, traced)
     _lower_networks(model, program)
+    fuse(model)
     name_interface(model, program, traced)
     return finish(model, program)
 

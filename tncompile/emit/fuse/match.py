@@ -1,0 +1,141 @@
+"""What rules share: reading the graph backwards, shapes, constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir
+
+from tncompile.ir import Array
+
+MICROSOFT = "com.microsoft"
+"""The domain of the operators that every build of ONNX Runtime has beyond ONNX's own."""
+
+Dims = tuple[int | str, ...]
+
+
+def is_op(node: onnx_ir.Node | None, *kinds: str) -> bool:
+    """Whether a node is one of these ONNX operators."""
+    return node is not None and node.domain == "" and node.op_type in kinds
+
+
+def producer(value: onnx_ir.Value | None, *kinds: str) -> onnx_ir.Node | None:
+    """The node that makes a value, where it is one of these ONNX operators."""
+    node = None if value is None else value.producer()
+    return node if is_op(node, *kinds) else None
+
+
+def only_reader(value: onnx_ir.Value, *kinds: str) -> onnx_ir.Node | None:
+    """The one node that reads a value, once, where it is one of these operators and the model does not show it."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    return uses[0].node if is_op(uses[0].node, *kinds) else None
+
+
+def shape_of(value: onnx_ir.Value | None) -> Dims | None:
+    """Sizes, or names of sizes known at run time; None where any is unknown."""
+    if value is None or value.shape is None:
+        return None
+    found: list[int | str] = []
+    for dim in value.shape:
+        size = dim if isinstance(dim, int) else dim.value
+        if size is None:
+            return None
+        found.append(size)
+    return tuple(found)
+
+
+def constant(value: onnx_ir.Value | None) -> Array | None:
+    """The numbers of an initializer that nobody can feed."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    array: Array = value.const_value.numpy()
+    return array
+
+
+def number(value: onnx_ir.Value | None) -> float | None:
+    """A constant of one element."""
+    array = constant(value)
+    return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+
+def attribute(node: onnx_ir.Node, name: str, default: Any = None) -> Any:
+    """The value of an attribute."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+class Editor:
+    """Adds nodes and initializers to a graph under names that are not taken."""
+
+    def __init__(self, graph: onnx_ir.Graph) -> None:
+        self.graph = graph
+        self.taken = {*graph.initializers, *(v.name for v in graph.inputs)}
+        for node in graph:
+            self.taken |= {node.name, *(v.name for v in node.outputs)}
+
+    def name(self, base: str) -> str:
+        """`base`, with a number behind it where it is taken."""
+        name, count = base, 1
+        while name in self.taken:
+            count += 1
+            name = f"{base}.{count}"
+        self.taken.add(name)
+        return name
+
+    def constant(self, base: str, array: Array) -> onnx_ir.Value:
+        """A new initializer. (Equal ones are joined when the model is finished.)"""
+        name = self.name(base)
+        kind = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(array.dtype))
+        tensor = onnx_ir.tensor(array, name=name)
+        value = onnx_ir.Value(name=name, type=kind, shape=onnx_ir.Shape(array.shape), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[onnx_ir.Value | None],
+        like: onnx_ir.Node,
+        shape: Dims | None = None,
+        domain: str = "",
+        behind: bool = False,
+        **attributes: Any,
+    ) -> onnx_ir.Value:
+        """A node of one output in front of `like` or behind it, of whose layer and type it is."""
+        node = onnx_ir.node(op_type, inputs, attributes, domain=domain)
+        node.name = self.name(f"{(like.name or like.op_type).rpartition('/')[0] or 'fused'}/{op_type}")
+        node.metadata_props.update(like.metadata_props)
+        (output,) = node.outputs
+        output.name = self.name(f"{node.name}:out")
+        if shape is not None:
+            output.shape = onnx_ir.Shape(shape)
+        output.type = like.outputs[0].type
+        (self.graph.insert_after if behind else self.graph.insert_before)(like, node)
+        if domain:
+            self.graph.opset_imports.setdefault(domain, 1)
+        return output
+
+    def reshape(
+        self,
+        value: onnx_ir.Value,
+        sizes: Sequence[int],
+        like: onnx_ir.Node,
+        shape: Dims | None = None,
+        behind: bool = False,
+    ) -> onnx_ir.Value:
+        """A Reshape; 0 copies a size, -1 is the rest."""
+        text = "x".join(map(str, sizes)).replace("-1", "n")
+        target = self.constant(f"shape_{text}", np.asarray(sizes, np.int64))
+        return self.node("Reshape", [value, target], like, shape, behind=behind)
+
+
+def replace(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
+    """Let all readers of a value, and the model's outputs, take another."""
+    if new.shape is None:
+        new.shape = old.shape
+    new.type = old.type
+    onnx_ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
