@@ -20,8 +20,10 @@ class Timer(Protocol):
     def start(self, jobs: int) -> None:
         """Expect so many calls of `times`, between which the time there is has to be shared."""
 
-    def times(self, networks: Sequence[Network], symbols: Mapping[str, int]) -> list[float]:
-        """Seconds of scheduled networks that compute the same, run in turns at given sizes; inf for one that fails."""
+    def times(self, networks: Sequence[Network], symbols: Mapping[str, int], shown: bool) -> list[float]:
+        """Seconds of scheduled networks that compute the same, run in turns at given sizes; inf for one that fails.
+
+        `shown`: the value is an output of the model, else something reads it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Context:
 
     `batches` are the sizes of the symbol ``batch`` that matter; `sizes` those of all other symbols. Without a
     `timer`, plans are chosen by prediction alone. `max_memory` bounds the bytes that the operands and intermediates
-    of a network take at once.
+    of a network take at once. `outputs` names the values that the model shows.
     """
 
     batches: tuple[int, ...] = (1, 32)
@@ -38,6 +40,7 @@ class Context:
     profile: DeviceProfile = field(default_factory=default_profile)
     timer: Timer | None = None
     max_memory: int | None = None
+    outputs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", tuple(sorted({*self.batches})))

@@ -49,7 +49,7 @@ class Order(Pass):
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
         if context.timer is not None:
-            jobs = {key_of(n, t) for n in program.networks for t in n.terms if _has_choice(t)}
+            jobs = {key_of(n, t, context) for n in program.networks for t in n.terms if _has_choice(t)}
             context.timer.start(len(jobs) * len(context.batches))
         shown = {s for v in program.inputs for d in v.shape or () for s in dims.symbols(d)}
         branch = context.profile.branch if "batch" in shown else float("inf")
@@ -84,7 +84,7 @@ class Order(Pass):
 
     def _ways(self, network: Network, term: Term, context: Context, known: Known) -> list[Candidate]:
         """The candidates of a term, searched and timed once for all equal ones."""
-        key, names = key_of(network, term), tuple(term.indices)
+        key, names = key_of(network, term, context), tuple(term.indices)
         if key not in known:
             timed = context.timer is not None and _has_choice(term)
             ways = candidates(network, term, context, Limits(self.max_trials, self.keep, 3 if timed else 1))
@@ -126,7 +126,8 @@ def _timed(network: Network, term: Term, ways: Sequence[Candidate], context: Con
         )
         for way in few
     ]
-    taken = [context.timer.times(networks, context.symbols(batch)) for batch in context.batches]
+    shown = network.output.name in context.outputs
+    taken = [context.timer.times(networks, context.symbols(batch), shown) for batch in context.batches]
     return [replace(way, measured=measured) for way, measured in zip(few, zip(*taken, strict=True), strict=True)]
 
 

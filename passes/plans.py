@@ -111,7 +111,10 @@ def scheduler(network: Network, term: Term, context: Context, batch: int) -> Sch
     """The scheduler of one term of a network at one batch size."""
     itemsize = np.dtype(network.dtype).itemsize
     sizes = context.index_sizes(network, batch)
-    return Scheduler(term, network.output.indices, sizes, context.profile, itemsize)
+    shown = [tuple(i.name for i in axis) for axis in network.output.axes]
+    if network.output.name not in context.outputs:
+        shown = []
+    return Scheduler(term, network.output.indices, sizes, context.profile, itemsize, shown)
 
 
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
@@ -168,12 +171,12 @@ def merge_constants(network: Network, term: Term, tree: Tree, shapes_only: bool 
     return term
 
 
-def key_of(network: Network, term: Term) -> tuple[object, ...]:
+def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]:
     """What decides a search: the shapes and roles of the tensors, not their names or numbers."""
     number = {name: k for k, name in enumerate(term.indices)}
     tensors = tuple((t.is_core, tuple((number[i.name], i.size) for i in t.indices)) for t in term.tensors)
-    output = tuple((number.get(i.name), i.size) for i in network.output.indices)
-    return tensors, output, term.order, network.dtype
+    output = tuple(tuple((number.get(i.name), i.size) for i in axis) for axis in network.output.axes)
+    return tensors, output, term.order, network.dtype, network.output.name in context.outputs
 
 
 def label_of(term: Term, tree: Tree) -> str:

@@ -51,9 +51,9 @@ class Tuner:
         """Expect so many calls of `times`."""
         self.jobs = max(jobs, 1)
 
-    def times(self, networks: Sequence[Network], symbols: Mapping[str, int]) -> list[float]:
+    def times(self, networks: Sequence[Network], symbols: Mapping[str, int], shown: bool) -> list[float]:
         """Seconds of networks that compute the same, run in turns; inf for one that cannot run."""
-        keys = [self._key(network, symbols) for network in networks]
+        keys = [self._key(network, symbols, shown) for network in networks]
         stored = self._store.get(keys) if self._store else None
         if stored is not None:
             self.known += len(keys)
@@ -61,7 +61,7 @@ class Tuner:
             return stored
         start = time.perf_counter()
         left = max(self.seconds - self._spent, 0.1 * self.seconds)
-        found = self._race(networks, symbols, left / self.jobs)
+        found = self._race(networks, symbols, shown, left / self.jobs)
         self._spent += time.perf_counter() - start
         self.jobs = max(self.jobs - 1, 1)
         self.timed += len(keys)
@@ -69,12 +69,12 @@ class Tuner:
             self._store.put(dict(zip(keys, found, strict=True)))
         return found
 
-    def _race(self, networks: Sequence[Network], symbols: Mapping[str, int], budget: float) -> list[float]:
+    def _race(self, networks: Sequence[Network], symbols: Mapping[str, int], shown: bool, budget: float) -> list[float]:
         feeds = _feeds(networks[0], symbols)
         entrants = {}
         for number, network in enumerate(networks):
             try:
-                call = Session(_model(network), self.providers).bound(feeds)
+                call = Session(_model(network, shown), self.providers).bound(feeds)
                 call()
             except Exception:  # ONNX Runtime's own have no common base; what cannot run is no candidate
                 continue
@@ -82,8 +82,8 @@ class Tuner:
         raced = race(entrants, rounds=60, budget_s=budget)
         return [raced.median(name) / 1e3 if (name := str(n)) in entrants else math.inf for n in range(len(networks))]
 
-    def _key(self, network: Network, symbols: Mapping[str, int]) -> str:
-        text = repr((self.place, sorted(symbols.items()), _canonical(network)))
+    def _key(self, network: Network, symbols: Mapping[str, int], shown: bool) -> str:
+        text = repr((self.place, sorted(symbols.items()), shown, _canonical(network)))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -99,8 +99,8 @@ def _feeds(network: Network, symbols: Mapping[str, int]) -> dict[str, Array]:
     return {name: np.asarray(generator.standard_normal(shape), network.dtype) for name, shape in shapes.items()}
 
 
-def _model(network: Network) -> bytes:
-    """The network alone as an ONNX model; cores get numbers of ordinary size, as denormal ones are slow."""
+def _model(network: Network, shown: bool) -> bytes:
+    """The network alone as an ONNX model. Cores get numbers of ordinary size, as denormal ones are slow."""
     generator = np.random.default_rng(0)
 
     def filled(tensor: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _model(network: Network) -> bytes:
         return Tensor(f"core_{id(tensor)}", tensor.axes, numbers.astype(tensor.data.dtype))
 
     terms = tuple(type(term)(tuple(map(filled, term.tensors)), term.order, term.steps) for term in network.terms)
-    model = network_model(Network(network.name, terms, network.output, network.dtype))
+    model = network_model(Network(network.name, terms, network.output, network.dtype), shown)
     data: bytes = onnx_ir.to_proto(model).SerializeToString()
     return data
 

@@ -207,7 +207,8 @@ def planning_context(
     if unknown:
         has = f"the model has {', '.join(sorted(known))}" if known else "all shapes of the model are fixed"
         raise TNCompileError(f"no dynamic dimension {unknown[0]}; {has}")
-    return Context(tuple(batches), {**traced.sizes, **sizes}, profile, max_memory=max_memory)
+    shown = frozenset(value for _, value in traced.program.outputs)
+    return Context(tuple(batches), {**traced.sizes, **sizes}, profile, max_memory=max_memory, outputs=shown)
 
 
 class _Watch:

@@ -83,10 +83,10 @@ class _Search:
         found: dict[Layout, list[_Way]] = {}
         for a, b in self._splits(mask):
             for x, y, core in self._pairs(a, b):
-                for seconds, _, layout in self.scheduler.forms(x[1], y[1], core, kept):
+                for seconds, form, layout in self.scheduler.forms(x[1], y[1], core, kept):
                     total = x[0] + y[0] + seconds
                     if whole:
-                        total += self.scheduler.to_output(layout)
+                        total += self.scheduler.finish(x[1], form, layout)
                     if total > self.within:
                         continue
                     here = found.setdefault(layout, [])

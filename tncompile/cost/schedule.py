@@ -91,16 +91,27 @@ class _Way:
 
 
 class Scheduler:
-    """Schedules trees of one term. `sizes` gives every index of the term its size, in elements."""
+    """Schedules trees of one term. `sizes` gives every index of the term its size, in elements.
+
+    `shown` are the axes of the result where it is an output of the model: ONNX Runtime writes an output into memory of
+    its own, so that a Reshape at the end is a copy. Anywhere else it costs nothing.
+    """
 
     def __init__(
-        self, term: Term, output: Sequence[Index], sizes: Mapping[str, int], profile: DeviceProfile, itemsize: int
+        self,
+        term: Term,
+        output: Sequence[Index],
+        sizes: Mapping[str, int],
+        profile: DeviceProfile,
+        itemsize: int,
+        shown: Sequence[Layout] = (),
     ) -> None:
         self.term = term
         self.output = tuple(i.name for i in output)
         self.sizes = sizes
         self.profile = profile
         self.itemsize = itemsize
+        self.shown = tuple(shown)
 
     def layout(self, position: int) -> Layout:
         """The order of a tensor's indices as it flows in, or as it is stored."""
@@ -110,9 +121,16 @@ class Scheduler:
         """Seconds to bring a result into another order of its indices."""
         return self._permute(layout, wanted)
 
-    def to_output(self, layout: Layout) -> float:
-        """Seconds to bring the last result into the order of the output."""
-        return self._permute(layout, tuple(i for i in self.output if i in layout))
+    def finish(self, left: Layout, form: str, layout: Layout) -> float:
+        """Seconds to bring the last result, of a step on a `left` side, into the order and axes of the output."""
+        seconds = self._permute(layout, tuple(i for i in self.output if i in layout))
+        if not self.shown:
+            return seconds
+        free = {i for i in layout if i not in left}
+        merged = [axis for axis in self.shown if len(axis) > 1]
+        if not merged or (form == "matmul" and merged == [self.shown[-1]] and free == {*self.shown[-1]}):
+            return seconds
+        return seconds + self.profile.copy_time(self.size(layout), self.itemsize)
 
     def size(self, names: Iterable[str]) -> int:
         """Product of sizes."""
@@ -131,10 +149,10 @@ class Scheduler:
         for position in range(len(self.term.tensors)):
             for name in self.layout(position):
                 self._count[name] = self._count.get(name, 0) + 1
-        ways = [(w.seconds + self.to_output(w.layout), w) for w in self._visit(tree)]
+        ways = self._visit(tree, root=True)
         totals = (self._flops, self._bytes, self._peak)
-        best = sorted(ways, key=lambda way: way[0])[:keep]
-        return [Schedule(_linear(w.plan, len(self.term.tensors)), seconds, *totals) for seconds, w in best]
+        best = sorted(ways, key=lambda way: way.seconds)[:keep]
+        return [Schedule(_linear(w.plan, len(self.term.tensors)), w.seconds, *totals) for w in best]
 
     def price(self, steps: Sequence[Step]) -> Schedule:
         """The cost of given steps, maybe found at other sizes."""
@@ -150,24 +168,29 @@ class Scheduler:
             moved += (self.size(x) + self.size(y) + self.size(step.order)) * self.itemsize
             peak = max(peak, self.size(step.order))
             layouts.append(step.order)
-        return Schedule(tuple(steps), seconds + self.to_output(layouts[-1]), flops, moved, peak)
+        last = steps[-1] if steps else None
+        seconds += self.finish(layouts[last.left], last.form, last.order) if last else self._as_it_is(layouts[0])
+        return Schedule(tuple(steps), seconds, flops, moved, peak)
+
+    def _as_it_is(self, layout: Layout) -> float:
+        return self.finish(layout, "", layout)
 
     # ------------------------------------------------------------------------------ the tree
 
-    def _visit(self, tree: Tree) -> list[_Way]:
+    def _visit(self, tree: Tree, root: bool = False) -> list[_Way]:
         if isinstance(tree, int):
-            return [_Way(0.0, self.layout(tree), tree)]
+            return [_Way(self._as_it_is(self.layout(tree)) if root else 0.0, self.layout(tree), tree)]
         ways, constant = self._visit(tree[0]), self._is_constant(tree[0])
-        for branch in tree[1:]:
+        for number, branch in enumerate(tree[1:], start=2):
             other, other_constant = self._visit(branch), self._is_constant(branch)
-            ways = self._join(ways, constant, other, other_constant)
+            ways = self._join(ways, constant, other, other_constant, root and number == len(tree))
             constant = constant and other_constant
         return ways
 
     def _is_constant(self, tree: Tree) -> bool:
         return all(self.term.tensors[p].is_core for p in flatten(tree))
 
-    def _join(self, a: list[_Way], a_core: bool, b: list[_Way], b_core: bool) -> list[_Way]:
+    def _join(self, a: list[_Way], a_core: bool, b: list[_Way], b_core: bool, root: bool) -> list[_Way]:
         names_a, names_b = a[0].layout, b[0].layout
         for names in (names_a, names_b):
             for name in names:
@@ -191,7 +214,7 @@ class Scheduler:
             pairs += [(y, x, False) for x in a for y in b]
         for x, y, core in pairs:
             for seconds, form, order in self.forms(x.layout, y.layout, core, kept):
-                total = x.seconds + y.seconds + seconds
+                total = x.seconds + y.seconds + seconds + (self.finish(x.layout, form, order) if root else 0.0)
                 known = found.get(order)
                 if known is None or total < known.seconds:
                     found[order] = _Way(total, order, _Pair(x.plan, y.plan, form, order))
@@ -216,10 +239,17 @@ class Scheduler:
         outer = self.size(base[: base.index(c.batch[0])]) if c.batch else 1
         m = self.size(c.left) // outer
         batch, k, n = outer * self.size(c.batch), self.size(c.summed), self.size(c.right)
-        seconds = self._permute(x, (*base, *c.summed), inner=c.summed)
-        seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
+        turned = self._turned(x, (*base, *c.summed), c.summed)
+        if turned:  # ONNX Runtime fuses the transpose, and then runs a product for each of the modes before it
+            seconds = self.profile.node + self.profile.matmul_time(
+                turned * self.size(c.batch), max(1, m * outer // turned), k, n, self.itemsize, core and turned == 1
+            )
+        else:
+            seconds = self._permute(x, (*base, *c.summed))
+            seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
         if not core:
-            seconds += self._permute(y, (*c.batch, *c.summed, *c.right), inner=c.right)
+            wanted = (*c.batch, *c.summed, *c.right)
+            seconds += self.profile.node if self._turned(y, wanted, c.right) else self._permute(y, wanted)
         for free in _orders(c.right) if core else [c.right]:
             yield seconds, "matmul", (*base, *free)
 
@@ -258,16 +288,20 @@ class Scheduler:
             seconds += self.profile.reduce_time(self.size(full) // (summed * inner), summed, inner, self.itemsize)
         return seconds, "multiply", (*(i for i in x if i not in c.summed), *c.right)
 
-    def _permute(self, layout: Layout, wanted: Layout, inner: Layout = ()) -> float:
-        """Seconds to bring a layout into another order; `inner` marks the last modes, whose swap with the
-        modes just before them ONNX Runtime fuses into the matmul."""
-        if layout == wanted:
-            return 0.0
+    def _turned(self, layout: Layout, wanted: Layout, inner: Layout) -> int:
+        """Where only the `inner` modes, last in `wanted`, change places with those just before them: the size of the
+        modes that stay in front, else 0."""
         outer = wanted[: len(wanted) - len(inner)]
-        if inner:
+        if inner and layout != wanted:
             for cut in range(len(outer)):
                 if layout == (*outer[:cut], *inner, *outer[cut:]):
-                    return self.profile.node
+                    return self.size(outer[:cut])
+        return 0
+
+    def _permute(self, layout: Layout, wanted: Layout) -> float:
+        """Seconds to bring a layout into another order."""
+        if layout == wanted:
+            return 0.0
         tail = 0
         while tail < len(layout) and layout[-1 - tail] == wanted[-1 - tail]:
             tail += 1

@@ -41,12 +41,21 @@ def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
     return finish(model, program)
 
 
-def network_model(network: Network) -> onnx_ir.Model:
-    """A model of one scheduled network, whose operands are its inputs: what is timed to choose between plans."""
+def network_model(network: Network, shown: bool = True) -> onnx_ir.Model:
+    """A model of one scheduled network, whose operands are its inputs: what is timed to choose between plans.
+
+    Where the value is not `shown`, a Relu reads it.
+    """
     inputs = {t.name: Value(t.name, network.dtype, t.shape) for t in network.operands}
     program = Program(tuple(inputs.values()), (network,), ((network.output.name, network.output.name),))
     model = _of_placeholders(program)
     _lower_networks(model, program)
+    if not shown:
+        (value,) = model.graph.outputs
+        reader = onnx_ir.node("Relu", [value])
+        reader.outputs[0].name, reader.outputs[0].type, reader.outputs[0].shape = "read", value.type, value.shape
+        model.graph.append(reader)
+        model.graph.outputs[0] = reader.outputs[0]
     return model
 
 
