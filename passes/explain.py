@@ -30,9 +30,15 @@ def explain(
     why = f"{kind} {microseconds(plan.times[-1])} at batch {batch}; {', '.join(others)}" if others else ""
     ranked = sorted(candidates, key=lambda c: sum(c.times), reverse=True)  # of equal labels the best stays
     tried = {c.label or label_of(before, c.tree): _rounded(c.seconds) for c in ranked}
-    details = {"batches": context.batches, "microseconds": tried}
+    details: dict[str, object] = {"batches": context.batches, "microseconds": tried}
     if plan.measured:
         details["measured"] = {c.label or label_of(before, c.tree): _rounded(c.measured) for c in ranked}
+    served = {size: choice.plan_for(size) for size in context.batches}
+    details["chosen"] = {
+        size: {"predicted": _rounded(way.seconds)[k]}
+        | ({"measured": _rounded(way.measured)[k]} if way.measured else {})
+        for k, (size, way) in enumerate(served.items())
+    }
     return Change(network.output.name, what, why, details=details)
 
 

@@ -30,6 +30,9 @@ from tncompile.runtime.timing import race
 CACHE = "TNCOMPILE_CACHE"
 """The environment variable that moves the folder of measured times."""
 
+FINALISTS = 5
+"""How many are timed again, and longer, after a first look at all."""
+
 
 class Tuner:
     """A `tncompile.passes.Timer` with a budget of seconds for everything it is asked.
@@ -79,8 +82,15 @@ class Tuner:
             except Exception:  # ONNX Runtime's own have no common base; what cannot run is no candidate
                 continue
             entrants[str(number)] = call
-        raced = race(entrants, rounds=60, budget_s=budget)
-        return [raced.median(name) / 1e3 if (name := str(n)) in entrants else math.inf for n in range(len(networks))]
+        first = race(entrants, rounds=7, budget_s=0.5 * budget)
+        times = {name: first.median(name) / 1e3 for name in entrants}
+        best = sorted(times, key=lambda name: times[name])[:FINALISTS]
+        final = race({name: entrants[name] for name in best}, rounds=60, budget_s=0.5 * budget)
+        # of those out of the running a time is only known to be above those of the finalists
+        worst = max((final.median(name) for name in best), default=0.0) / 1e3
+        times = {name: max(seconds, worst) for name, seconds in times.items()}
+        times |= {name: final.median(name) / 1e3 for name in best}
+        return [times.get(str(number), math.inf) for number in range(len(networks))]
 
     def _key(self, network: Network, symbols: Mapping[str, int], shown: bool) -> str:
         text = repr((self.place, sorted(symbols.items()), shown, _canonical(network)))

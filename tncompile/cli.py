@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -81,6 +82,16 @@ def _compile_parser() -> argparse.ArgumentParser:
         help="folded layers in the file: as the cores they were made of, which ONNX Runtime folds at load, or written "
         "out; auto: the smaller, unless loading would take over 0.5 s longer",
     )
+    parser.add_argument(
+        "--tune",
+        nargs="?",
+        const=30.0,
+        type=_seconds,
+        metavar="SECONDS",
+        help="time the best plans in ONNX Runtime, for so many seconds in all (default 30), and torch's own export "
+        "beside the result; what was timed before is remembered",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it will run (default cpu)")
     parser.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")
     parser.add_argument("--no-check", action="store_true", help="do not compare with the model in float64")
     _example_option(parser)
@@ -150,6 +161,16 @@ def _example_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise ValueError(text)
+    return seconds
+
+
+_seconds.__name__ = "number of seconds"
+
+
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
     if found is None or (size := float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")) < 1:
@@ -194,6 +215,8 @@ def _compile(options: argparse.Namespace) -> int:
             profile=options.profile,
             store=options.store,
             max_memory=options.max_memory,
+            device=options.device,
+            tune=options.tune,
             check=not options.no_check,
             examples=[_load_example(path) for path in options.example],
             progress=progress,

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from tncompile import __version__
 from tncompile.cost.devices import Choice, choose
 from tncompile.cost.profile import DeviceProfile
-from tncompile.emit.file import Store, write
+from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.load import load_exported
@@ -26,6 +26,8 @@ from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
 from tncompile.runtime.check import CheckReport, check
 from tncompile.runtime.files import write_file
 from tncompile.runtime.session import Session
+from tncompile.runtime.settle import Settled, settle
+from tncompile.runtime.tuner import Tuner
 
 DEFAULT_BATCH = (1, 32)
 Progress = Callable[[str], None]
@@ -132,6 +134,8 @@ def compile_exported(
     check: bool = True,
     examples: Sequence[Mapping[str, Array]] = (),
     profile: DeviceProfile | str | None = None,
+    device: str = "cpu",
+    tune: float | None = None,
     progress: Progress = _no_progress,
     model: str = "",
     load_seconds: float = 0.0,
@@ -142,24 +146,34 @@ def compile_exported(
     folded layers as ``"cores"`` in the file or write them ``"folded"``; ``"auto"`` takes the smaller unless loading
     would take too long. `max_memory`: bytes that the operands and intermediates of a network may take at once, at the
     batch sizes planned for (TNCompileError where that cannot be done). `profile`: of the device to plan for, or as in
-    `tncompile.cost.devices.choose`. `check`: run the result against the traced model in float64 (CheckError where it
-    is wrong), on `examples` (arrays by input name) or on random inputs. Raises UnsupportedError for what cannot be
-    compiled.
+    `tncompile.cost.devices.choose`. `device`: ``"cpu"`` or ``"cuda"``. `tune`: seconds to time candidates on this
+    machine for, instead of trusting predictions (TNCompileError where ONNX Runtime cannot use the device). `check`: run
+    the result against the traced model in float64 (CheckError where it is wrong), on `examples` (arrays by input name)
+    or on random inputs. Raises UnsupportedError for what cannot be compiled.
     """
     seconds = {"load": load_seconds}
     watch = _Watch(seconds)
-    device = Choice(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile)
+    plan_for = Choice(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
+    timer = None if tune is None else Tuner(tune, device)
     progress("importing the graph")
     traced = import_exported(exported)
     watch("import")
     batches = tuple(dict.fromkeys([batch] if isinstance(batch, int) else batch))
-    context = planning_context(traced, batches, sizes or {}, device.profile, max_memory)
+    context = planning_context(traced, batches, sizes or {}, plan_for.profile, max_memory)
+    context = replace(context, timer=timer)
     stages, reports = run_passes(traced, context, passes, progress)
     program = list(stages.values())[-1]
     watch("passes")
     progress("writing ONNX")
     file = write(program, traced, store)
     watch("emit")
+    settled: Settled | None = None
+    if tune is not None:
+        progress("timing it against torch's exporter")
+        settled = settle(file.data, traced, batches, tune / 4, device)
+        if settled.exported is not None:
+            file, program = adopt(settled.exported, traced), traced.program
+        watch("settle")
     result: CheckReport | None = None
     session: Session | None = None
     if check:
@@ -186,8 +200,9 @@ def compile_exported(
         batches=context.batches,
         dynamic="batch" in traced.sizes,
         version=__version__,
-        device=device.profile.device,
-        profile=device.origin,
+        device=plan_for.profile.device,
+        profile=plan_for.origin,
+        settled=settled,
     )
     if result is not None and not result.passed:
         raise CheckError(f"the compiled model is not as exact as it must be: {result}")

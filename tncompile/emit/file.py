@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import onnx
 import onnx_ir
 
+from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.program import to_onnx
 from tncompile.emit.store import LOAD_LIMIT, affordable, choices, store_as_cores
 from tncompile.errors import TNCompileError, UnsupportedError, VerificationError
@@ -89,6 +90,14 @@ def write(program: Program, traced: TracedModel, store: Store = "auto") -> Writt
         _why(store, len(found), len(chosen)),
     )
     return Written(data, storage, folded if chosen else None)
+
+
+def adopt(exported: bytes, traced: TracedModel) -> Written:
+    """The file that torch's exporter made of the traced model, with the model's own names and the program's text."""
+    model = onnx_ir.from_proto(onnx.load_model_from_string(exported))
+    name_interface(model, traced.program, traced)
+    data = serialize(finish(model, traced.program))
+    return Written(data, Storage("folded", len(data), len(data), (), 0.0, 0.0, "torch's exporter wrote the file"))
 
 
 def _why(store: Store, found: int, chosen: int) -> str:

@@ -13,6 +13,7 @@ from tncompile.passes.base import Context, PassReport
 from tncompile.passes.limit import peaks
 from tncompile.passes.plans import cost_of, dense_tree
 from tncompile.runtime.check import CheckReport
+from tncompile.runtime.settle import Settled
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,9 +32,9 @@ class Cost:
 class NetworkSummary:
     """One network: `parameters` as traced, `dense_parameters` with all cores merged, `stored` in the file.
 
-    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way, and `memory`
-    the predicted bytes of operands and intermediates alive at once in that. `plans` has the steps of each plan by
-    the batch sizes it serves.
+    `costs` has, by batch size, the cost as traced (``naive``), of the dense layer and of the chosen way, `measured` the
+    seconds that the chosen way took on this machine where it was tuned, and `memory` the predicted bytes of operands
+    and intermediates alive at once in that. `plans` has the steps of each plan by the batch sizes it serves.
     """
 
     name: str
@@ -46,6 +47,7 @@ class NetworkSummary:
     dense_parameters: int
     stored: int
     costs: dict[int, dict[str, Cost]]
+    measured: dict[int, float]
     memory: dict[int, int]
     plans: dict[str, tuple[str, ...]]
     decisions: tuple[str, ...]
@@ -72,6 +74,7 @@ class Report:
     dynamic: bool = True
     version: str = field(default="")
     device: str = ""
+    settled: Settled | None = None
     profile: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +114,8 @@ class Report:
             runs = "; ".join(self.check.runs)
             parts.append(Text(f"check {'passed' if self.check.passed else 'FAILED'}, against float64 at {runs}"))
             parts += [Text(f"  {output}") for output in self.check.outputs]
+        if self.settled:
+            parts.append(Text(str(self.settled)))
         if self.profile:
             parts.append(Text(f"planned for {self.device}: {self.profile}"))
         total = sum(self.seconds.values())
@@ -136,7 +141,7 @@ class Report:
         sizes = f"batch {largest}" if self.dynamic else "fixed shapes"
         for title in ("network", "shape", "cores, bonds"):
             table.add_column(title, overflow="fold")
-        for title in ("parameters\nof dense", f"MFLOP, {sizes}\nnaive dense now", "MB moved\nnaive dense now"):
+        for title in ("parameters\nof dense", f"MFLOP, {sizes}\nnaive dense now", "µs predicted\nnaive dense now"):
             table.add_column(title, justify="right", no_wrap=True)
         for net in self.networks:
             cost = net.costs[largest].values()
@@ -146,7 +151,7 @@ class Report:
                 f"{len(net.cores)}{', ' if net.bonds else ''}{_few(net.bonds)}",
                 f"{net.parameters:,} of {net.dense_parameters:,}",
                 "  ".join(_short(c.flops / 1e6) for c in cost),
-                "  ".join(_short(c.bytes / 1e6) for c in cost),
+                "  ".join(_few_digits(c.seconds * 1e6) for c in cost),
             )
             table.add_row(*(Text(cell) for cell in cells))  # Text: shapes are not markup
         return table
@@ -154,6 +159,11 @@ class Report:
 
 def _few(items: Sequence[str], limit: int = 3) -> str:
     return " ".join([*items[:limit], "…"]) if len(items) > limit else " ".join(items)
+
+
+def _few_digits(number: float) -> str:
+    """Three digits, without a power of ten."""
+    return f"{float(f'{number:.3g}'):,.10g}"
 
 
 def _short(number: float) -> str:
@@ -183,7 +193,9 @@ def summarize(
         if not any(c.indices for c in original.cores):
             views += 1
             continue
-        summaries.append(_summary(original, node, decisions.get(node.value.name, ()), context, as_parts))
+        told = decisions.get(node.value.name, ())
+        measured = _measured(node.value.name, passes)
+        summaries.append(_summary(original, node, told, context, as_parts, measured))
     return tuple(summaries), views
 
 
@@ -193,6 +205,7 @@ def _summary(
     decisions: Sequence[str],
     context: Context,
     as_parts: Collection[str],
+    measured: dict[int, float],
 ) -> NetworkSummary:
     moving = [t for t in original.terms if not t.is_constant]
     output = {i.name for i in original.output.indices}
@@ -226,6 +239,7 @@ def _summary(
         dense_parameters=dense_parameters,
         stored=sum(c.recipe.elements if c.recipe and c.name in as_parts else _size(c) for c in cores.values()),
         costs=costs,
+        measured=measured,
         memory=dict(zip(context.batches, peaks(final, context), strict=True)),
         plans={serves: _plan(case) for serves, case in _cases(final)},
         decisions=tuple(decisions),
@@ -255,6 +269,16 @@ def _dense_size(network: Network, term: Any) -> int:
     outside = {i.name for i in network.output.indices} | {i.name for t in term.operands for i in t.indices}
     names = {i.name: i.size for c in term.cores for i in c.indices if i.name in outside}
     return int(dims.product(names.values())) if names else sum(_size(c) for c in term.cores)
+
+
+def _measured(value: str, passes: Sequence[PassReport]) -> dict[int, float]:
+    """Seconds that the chosen plans took at each batch size; empty where none was timed."""
+    taken: dict[int, float] = {}
+    for change in (c for p in passes for c in p.changes if c.network == value and "chosen" in c.details):
+        for batch, way in change.details["chosen"].items():
+            if "measured" in way:
+                taken[batch] = taken.get(batch, 0.0) + way["measured"] * 1e-6
+    return taken
 
 
 def _headlines(value: str, passes: Sequence[PassReport]) -> tuple[str, ...]:

@@ -1,0 +1,76 @@
+"""The last word of `--tune`: the compiled model against torch's own export of the same model, as whole models."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tncompile.frontend.importer import TracedModel
+from tncompile.runtime import rivals
+from tncompile.runtime.check import random_inputs
+from tncompile.runtime.device import providers
+from tncompile.runtime.probe import Limits, probe
+from tncompile.runtime.session import Session
+from tncompile.runtime.timing import race
+
+MARGIN = 1.03
+"""How many times faster the exporter's file must be at its best batch size to be taken: less is noise."""
+
+_LIMITS = Limits(first_call_s=20.0, build_s=180.0)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Milliseconds of the compiled model and of the exporter's at each batch size, or why the exporter has none.
+
+    `exported` are the bytes of the exporter's file where that is the faster one.
+    """
+
+    batches: tuple[int, ...]
+    ours: tuple[float, ...]
+    exporter: tuple[float, ...]
+    note: str = ""
+    exported: bytes | None = None
+
+    def __str__(self) -> str:
+        if self.note:
+            return f"torch.onnx.export: {self.note}"
+        times = zip(self.batches, self.ours, self.exporter, strict=True)
+        return "measured against torch.onnx.export: " + ", ".join(
+            f"{ours:.3g} ms for {other:.3g} at batch {batch}" for batch, ours, other in times
+        )
+
+
+def settle(ours: bytes, traced: TracedModel, batches: Sequence[int], seconds: float, device: str = "cpu") -> Settled:
+    """Race the two files at each batch size, for so many seconds in all."""
+    generator = np.random.default_rng(0)
+    symbolic = "batch" in traced.sizes
+    sizes = tuple(batches) if symbolic else (traced.sizes.get("batch", 1),)
+    feeds = [random_inputs(traced, {**traced.sizes, "batch": size}, generator) for size in sizes]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "exporter.onnx")
+        try:
+            with rivals.time_limit(_LIMITS.build_s):
+                rivals.export_plain(traced.exported, path)
+        except Exception as error:  # an exporter raises whatever it likes
+            return Settled((), (), (), f"fails ({type(error).__name__})")
+        for size, arrays in zip(sizes, feeds, strict=True):
+            tried = probe(path, arrays, _LIMITS, device=device)
+            if tried.ms is None:
+                return Settled((), (), (), f"{tried.note} at batch {size}")
+        mine, theirs = Session(ours, providers(device)), Session(path, providers(device))
+        times = []
+        for arrays in feeds:
+            calls = {"ours": mine.bound(mine.feeds(arrays)), "exporter": theirs.bound(theirs.feeds(arrays))}
+            raced = race(calls, budget_s=seconds / len(feeds))
+            times.append((raced.median("ours"), raced.median("exporter")))
+        first, second = zip(*times, strict=True)
+        # taken only where it wins somewhere and loses nowhere by as much
+        gain = max(a / b for a, b in times)
+        loss = max(b / a for a, b in times)
+        taken = path.read_bytes() if gain > MARGIN and gain > loss else None
+        return Settled(sizes, first, second, exported=taken)
