@@ -233,9 +233,13 @@ class Scheduler:
 
     def _matmuls(self, x: Layout, y: Layout, core: bool, c: Classes) -> Iterable[_Form]:
         rows = tuple(i for i in x if i not in c.summed)
-        base = rows if _together(rows, c.batch) else (*c.batch, *c.left)
-        if not core and c.batch and base[: len(c.batch)] != c.batch:
-            base = (*c.batch, *c.left)  # a run-time right side is not broadcast over M1
+        first = (*c.batch, *c.left)  # few products of many rows each; a run-time right side is not broadcast over M1
+        in_place = _together(rows, c.batch) and (core or not c.batch or rows[: len(c.batch)] == c.batch)
+        yield from self._matmul(x, y, core, c, rows if in_place else first)
+        if in_place and c.batch and rows != first:
+            yield from self._matmul(x, y, core, c, first)
+
+    def _matmul(self, x: Layout, y: Layout, core: bool, c: Classes, base: Layout) -> Iterable[_Form]:
         outer = self.size(base[: base.index(c.batch[0])]) if c.batch else 1
         m = self.size(c.left) // outer
         batch, k, n = outer * self.size(c.batch), self.size(c.summed), self.size(c.right)

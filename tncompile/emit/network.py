@@ -373,6 +373,8 @@ class _Lowering:
             sizes = zip(self.output, array.shape, strict=True)
             axes: Groups = tuple((n,) if n in result.order or size != 1 else () for n, size in sizes)
         else:
+            if {*result.order} == {*self.output}:  # last of all: an Add next to a Gelu is fused with it
+                result = self.write.arrange(result, self.out_axes)
             array = sum((self._term_array(b, result.order) for b in biases), np.zeros(()))
             varying = {n for n, size in zip(result.order, array.shape, strict=True) if size != 1}
             if any(varying & {*axis} and any(map(self.write.symbolic, axis)) for axis in result.axes):
