@@ -1,8 +1,21 @@
-"""What several commands share: types of options for `argparse`, and how results are printed."""
+"""What several commands share: options and their types, example inputs, progress, and how results are printed."""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+import math
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tncompile.errors import LoadError
+
+if TYPE_CHECKING:
+    from tncompile.ir import Array
+
+PASSES_HELP = "passes to run, in order, with options in braces: clean,fold,clean,merge_cores,order{max_trials=64}"
+
+PROFILE_HELP = "device profile to plan with (default: as `tncompile tune --device` stored it, else the shipped one)"
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -14,6 +27,121 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 sizes.__name__ = "list of sizes"  # what argparse calls a wrong one
+
+
+def seconds(text: str) -> float:
+    """A positive number. ValueError for anything else."""
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise ValueError(text)
+    return seconds
+
+
+seconds.__name__ = "number of seconds"
+
+
+def memory(text: str) -> int:
+    """``"500MB"``, ``"2GiB"`` -> bytes. ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
+    if found is None or (size := float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")) < 1:
+        raise ValueError(text)
+    return int(size)
+
+
+memory.__name__ = "SIZE"
+
+
+def dimension(text: str) -> tuple[str, int]:
+    """``"seq=128"`` -> its name and size. ValueError for anything else."""
+    name, _, size = text.partition("=")
+    if not name or int(size) < 1:
+        raise ValueError(text)
+    return name, int(size)
+
+
+dimension.__name__ = "NAME=N"
+
+
+def planning_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to plan for."""
+    parser.add_argument(
+        "--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes to plan for (default 1,32)"
+    )
+    parser.add_argument(
+        "--dim",
+        type=dimension,
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="typical size of another dynamic dimension (default: the example's)",
+    )
+    parser.add_argument("--passes", metavar="LIST", help=PASSES_HELP)
+    parser.add_argument("--profile", metavar="FILE|default", help=PROFILE_HELP)
+    parser.add_argument(
+        "--max-memory",
+        type=memory,
+        metavar="SIZE",
+        help="what the operands and intermediates of a network may take at once at these batch sizes, like 500MB",
+    )
+
+
+def example_option(parser: argparse.ArgumentParser) -> None:
+    """The option that gives inputs to check on."""
+    parser.add_argument(
+        "--example",
+        action="append",
+        default=[],
+        metavar="FILE.npz",
+        help="inputs to check on, by name, instead of random ones; may be given several times",
+    )
+
+
+def passes(options: argparse.Namespace) -> Any:
+    """The passes that were asked for, None for the default ones."""
+    if options.passes is None:
+        return None
+    from tncompile.passes.pipeline import parse_passes
+
+    return parse_passes(options.passes)
+
+
+def load_example(path: str) -> dict[str, Array]:
+    """The arrays of an ``.npz`` file. LoadError where there are none to read."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise LoadError(f"{path}: no such file") from error
+    except Exception as error:  # whatever a damaged archive makes numpy raise
+        raise LoadError(f"{path}: not a readable .npz file of arrays ({error})") from error
+
+
+class Progress:
+    """What is going on, on stderr: a spinner on a terminal, a line each elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.status: Any = None
+
+    def __enter__(self) -> Progress:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+
+            self.status = Console(stderr=True).status("starting")
+            self.status.start()
+        return self
+
+    def __call__(self, message: str) -> None:
+        if self.status is not None:
+            self.status.update(message)
+        elif not self.quiet:
+            print(message, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.status is not None:
+            self.status.stop()
 
 
 def console(file: Any) -> Any:

@@ -1,0 +1,141 @@
+"""``tncompile MODEL -o OUT``: compile a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tncompile import __version__
+from tncompile.commands.options import (
+    Progress,
+    console,
+    example_option,
+    load_example,
+    passes,
+    planning_options,
+    seconds,
+)
+from tncompile.errors import OutputError
+from tncompile.runtime.files import check_writable, write_file
+
+if TYPE_CHECKING:
+    from tncompile.compiler import CompiledModel
+
+HELP = """\
+Compile a PyTorch model (a file written by torch.export.save) to plain ONNX for ONNX Runtime.
+
+other commands:
+  tncompile inspect FILE     show the tensor networks of a model or of a compiled file
+  tncompile verify MODEL OUT check a compiled file against the model it came from
+  tncompile tune --device    measure this machine, for better plans on it
+  tncompile bench MODEL      time the compiled model beside the other ways to run it
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    result = argparse.ArgumentParser(
+        prog="tncompile",
+        usage="tncompile MODEL -o OUT [options]",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    result.add_argument("-o", "--output", metavar="OUT", required=True, help="the ONNX file to write")
+    planning_options(result)
+    result.add_argument(
+        "--store",
+        choices=("auto", "cores", "folded"),
+        default="auto",
+        help="folded layers in the file: as the cores they were made of, which ONNX Runtime folds at load, or written "
+        "out; auto: the smaller, unless loading would take over 0.5 s longer",
+    )
+    result.add_argument(
+        "--tune",
+        nargs="?",
+        const=30.0,
+        type=seconds,
+        metavar="SECONDS",
+        help="time the best plans in ONNX Runtime, for so many seconds in all (default 30), and torch's own export "
+        "beside the result; what was timed before is remembered",
+    )
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it will run (default cpu)")
+    result.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")
+    result.add_argument("--no-check", action="store_true", help="do not compare with the model in float64")
+    example_option(result)
+    result.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    result.add_argument("--version", action="version", version=f"tncompile {__version__}")
+    return result
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compile, check, write and say what was done."""
+    model, output = Path(options.model), Path(options.output)
+    report = None if options.report is None else Path(options.report)
+    _check_paths(model, output, report)
+    passes(options)  # wrong ones are told before any work
+    from tncompile.frontend.load import detect
+
+    detect(model)  # a missing file is told before torch is loaded
+    with Progress(options.quiet) as progress:
+        progress(f"loading {model}")
+        files = _files(output, _compiled(options, progress))
+        for path, compiled in files.items():
+            write_file(path, compiled.onnx)
+        if report is not None:
+            records = [{**compiled.report.to_dict(), "output": str(path)} for path, compiled in files.items()]
+            text = json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False)
+            write_file(report, (text + "\n").encode())
+    if not options.quiet:
+        out = console(sys.stdout)
+        for path, compiled in files.items():
+            for part in compiled.report.render():
+                out.print(part)
+            out.print(f"wrote {path}" + (f", report in {report}" if report else ""), highlight=False)
+    return 0
+
+
+def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledModel]:
+    """The compiled model; for a GPU, where no plan can be chosen at run time, one for each batch size."""
+    from tncompile import compiler
+    from tncompile.passes import DEFAULT
+
+    each = options.device == "cuda" and len(options.batch) > 1
+    return [
+        compiler.compile_file(
+            options.model,
+            batch=batch,
+            sizes=dict(options.dim),
+            passes=passes(options) or DEFAULT,
+            profile=options.profile,
+            store=options.store,
+            max_memory=options.max_memory,
+            device=options.device,
+            tune=options.tune,
+            check=not options.no_check,
+            examples=[load_example(path) for path in options.example],
+            progress=progress,
+        )
+        for batch in (options.batch if each else [options.batch])
+    ]
+
+
+def _files(output: Path, models: list[CompiledModel]) -> dict[Path, CompiledModel]:
+    """Where each model goes: to `output` where all are the same, else to ``OUT.b32.onnx`` for batch 32."""
+    if len({model.onnx for model in models}) == 1:
+        return {output: models[0]}
+    return {output.with_name(f"{output.stem}.b{m.report.batches[0]}{output.suffix}"): m for m in models}
+
+
+def _check_paths(model: Path, output: Path, report: Path | None) -> None:
+    """Say what is wrong with the paths before any work is done."""
+    for path in (output, report):
+        if path is not None:
+            check_writable(path)
+            if path.exists() and model.exists() and path.samefile(model):
+                raise OutputError(f"{path}: is the model itself; write to another file")
+    if report is not None and report.absolute() == output.absolute():
+        raise OutputError(f"{report}: the report would overwrite the output; give it another name")

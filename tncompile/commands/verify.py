@@ -1,0 +1,41 @@
+"""``tncompile verify MODEL OUT``: a compiled file against the model that it came from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tncompile.commands.options import example_option, load_example, sizes
+from tncompile.errors import LoadError
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    result = argparse.ArgumentParser(
+        prog="tncompile verify",
+        description="Run a compiled file in ONNX Runtime against its model in float64; exit 1 if it is wrong.",
+    )
+    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    result.add_argument("output", metavar="OUT", help="the ONNX file that was made from it")
+    result.add_argument("--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes (default 1,32)")
+    example_option(result)
+    return result
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check and print; 1 where the file is wrong."""
+    from tncompile.frontend.load import detect
+
+    if detect(Path(options.output)) != "ONNX":
+        raise LoadError(f"{options.output}: not an ONNX file; give the model first, then the compiled file")
+    from tncompile import compiler
+    from tncompile.runtime.session import Session
+
+    traced = compiler.import_file(options.model)
+    session = Session(options.output)
+    result = compiler.check_session(session, traced, options.batch, [load_example(path) for path in options.example])
+    print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
+    for output in result.outputs:
+        print(f"  {output}")
+    print(f"  run at {'; '.join(result.runs)}")
+    return 0 if result.passed else 1
