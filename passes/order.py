@@ -51,8 +51,8 @@ class Order(Pass):
         if context.timer is not None:
             jobs = {key_of(n, t, context) for n in program.networks for t in n.terms if _has_choice(t)}
             context.timer.start(len(jobs) * len(context.batches))
-        shown = {s for v in program.inputs for d in v.shape or () for s in dims.symbols(d)}
-        branch = context.profile.branch if "batch" in shown else float("inf")
+        shown = any(dims.shows(size, "batch") for value in program.inputs for size in value.shape or ())
+        branch = context.profile.branch if shown else float("inf")
         known: Known = {}
         nodes = [
             self._network(node, context, known, changes, branch) if isinstance(node, Network) else node
@@ -72,7 +72,7 @@ class Order(Pass):
             choice, ready = self._choose(network, term, ways, context, branch)
             found.append((choice, ready))
             if len(term.tensors) > 1:
-                changes.append(explain(network, term, choice, list(ready.values()), ways, context))
+                changes.append(explain(network, term, choice, [ready[plan] for plan in choice.plans], ways, context))
         limits = sorted({limit for choice, _ in found for limit in choice.limits})
         cases = []
         for size in [*limits, None]:
