@@ -74,7 +74,8 @@ def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: floa
 
 def _partitions(count: int) -> Iterator[list[range]]:
     """All ways to cut a row of batch sizes into neighbouring parts, fewest parts first."""
-    places = range(1, count) if count <= MAX_SWITCHED else range(count // MAX_SWITCHED, count, count // MAX_SWITCHED)
+    together = -(-count // MAX_SWITCHED)
+    places = range(together, count, together)
     for number in range(len(places) + 1):
         for cuts in itertools.combinations(places, number):
             edges = (0, *cuts, count)
@@ -83,7 +84,8 @@ def _partitions(count: int) -> Iterator[list[range]]:
 
 def _interpolated(plan: Candidate, low: int, high: int, batches: Sequence[int]) -> Callable[[int], float]:
     """Seconds between two batch sizes, given by their positions, along a power of the size."""
-    start, x, y = batches[low], max(plan.times[low], 1e-12), max(plan.times[high], 1e-12)
+    start = batches[low]
+    x, y = (min(max(plan.times[k], 1e-12), 1e12) for k in (low, high))  # inf: it cannot run there
     slope = math.log(y / x) / math.log(batches[high] / start)
     return lambda size: float(x * (size / start) ** slope)
 

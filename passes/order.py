@@ -51,8 +51,8 @@ class Order(Pass):
         if context.timer is not None:
             jobs = {key_of(n, t, context) for n in program.networks for t in n.terms if _has_choice(t)}
             context.timer.start(len(jobs) * len(context.batches))
-        shown = {s for v in program.inputs for d in v.shape or () for s in dims.symbols(d)}
-        branch = context.profile.branch if "batch" in shown else float("inf")
+        shown = any(dims.shows(size, "batch") for value in program.inputs for size in value.shape or ())
+        branch = context.profile.branch if shown else float("inf")
         known: Known = {}
         nodes = [
             self._network(node, context, known, changes, branch) if isinstance(node, Network) else node
@@ -72,15 +72,22 @@ class Order(Pass):
             choice, ready = self._choose(network, term, ways, context, branch)
             found.append((choice, ready))
             if len(term.tensors) > 1:
-                changes.append(explain(network, term, choice, list(ready.values()), ways, context))
-        limits = sorted({limit for choice, _ in found for limit in choice.limits})
-        cases = []
-        for size in [*limits, None]:
+                changes.append(explain(network, term, choice, [ready[plan] for plan in choice.plans], ways, context))
+        cases: list[_Case] = []
+        for size in [*sorted({limit for choice, _ in found for limit in choice.limits}), None]:
+            merged: list[Change] = []
             terms = [ready[choice.plan_for(size)] for choice, ready in found]
             # what folded to dense on one operand is one dense layer
-            terms = [_scheduled(network, t, context) for t in merge_like_terms(network, terms, changes)]
-            cases.append(replace(network, terms=(*terms, *constant)))
-        return cases[0] if not limits else Switch("batch", tuple(limits), tuple(cases))
+            terms = [_scheduled(network, t, context) for t in merge_like_terms(network, terms, merged)]
+            case = _Case(size, replace(network, terms=(*terms, *constant)), merged)
+            if cases and _alike(cases[-1].network, case.network):
+                cases.pop()  # one of the terms goes into another's dense core at these sizes already
+            cases.append(case)
+        for change in (c for case in cases for c in case.merged):
+            if change not in changes:
+                changes.append(change)
+        limits = tuple(case.limit for case in cases if case.limit is not None)
+        return Switch("batch", limits, tuple(c.network for c in cases)) if limits else cases[0].network
 
     def _ways(self, network: Network, term: Term, context: Context, known: Known) -> list[Candidate]:
         """The candidates of a term, searched and timed once for all equal ones."""
@@ -103,6 +110,24 @@ class Order(Pass):
             if not bad:  # in float16 a product of cores may not fit where each of them does
                 return choice, ready
             ways = [way for way in ways if way not in bad]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What serves batch sizes up to a limit (None: all beyond), and how its terms were merged."""
+
+    limit: int | None
+    network: Network
+    merged: Sequence[Change]
+
+
+def _alike(a: Network, b: Network) -> bool:
+    """Whether two ways to compute one network are the same but for the rounding of their cores."""
+
+    def form(network: Network) -> object:
+        return [([(t.name, t.axes) for t in term.tensors], term.steps) for term in network.terms]
+
+    return form(a) == form(b)
 
 
 def _has_choice(term: Term) -> bool:

@@ -65,7 +65,7 @@ class Pipeline:
 def parse_passes(text: str) -> tuple[Pass, ...]:
     """``"clean,fold,order{max_trials=8}"`` -> passes.
 
-    Raises TNCompileError for a name or an option that does not exist.
+    Raises TNCompileError for a name or an option that does not exist, and where a pass would undo the schedules.
     """
     passes: list[Pass] = []
     for item in re.findall(r"[^,{}\s]+(?:\{[^}]*\})?", text):
@@ -73,8 +73,9 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
         if name not in PASSES:
             raise TNCompileError(f"no pass {name!r}; the passes are {', '.join(PASSES)}")
         passes.append(_with_options(PASSES[name](), options.rstrip("}")))
-    if any(isinstance(p, Order) for p in passes[:-1]):
-        raise TNCompileError("order must be the last pass: its schedules fit the networks as they then are")
+    others = [p for p in passes if not isinstance(p, Limit)]  # which runs last wherever it stands
+    if any(isinstance(p, Order) for p in others[:-1]):
+        raise TNCompileError("after order only limit may come: its schedules fit the networks as they then are")
     return tuple(passes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -15,7 +15,7 @@ import torch
 
 from tncompile.emit.program import to_onnx
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Array, Index, Network, Opaque, Program, dims, verify
+from tncompile.ir import Array, Index, Network, Opaque, Program, Switch, dims, verify
 from tncompile.ir import evaluate as evaluate_network
 from tncompile.ir import text as ir_text
 from tncompile.passes import DEFAULT, Change, Context, Order, Pass, PassReport, Pipeline
@@ -56,14 +56,33 @@ def feeds_for(program: Program, symbols: Mapping[str, int] = SYMBOLS, seed: int 
 def evaluate_program(
     program: Program, feeds: Mapping[str, Array], symbols: Mapping[str, int] = SYMBOLS
 ) -> dict[str, Array]:
-    """All outputs in float64: networks by `tncompile.ir.evaluate`, opaque nodes by torch."""
+    """All outputs in float64: networks by `tncompile.ir.evaluate`, opaque nodes by torch.
+
+    Of a switch, the case that serves these sizes.
+    """
     values: ChainMap[str, Array] = ChainMap({}, dict(feeds), dict(program.weights))
     for node in program.nodes:
-        if isinstance(node, Network):
-            values[node.output.name] = evaluate_network(node, values, symbols)
-        else:
+        if isinstance(node, Opaque):
             values[node.output.name] = _run_opaque(node, values)
+        else:
+            values[node.output.name] = evaluate_network(_serving(node, symbols), values, symbols)
     return {public: np.asarray(values[name], np.float64) for public, name in program.outputs}
+
+
+def _serving(node: Network | Switch, symbols: Mapping[str, int]) -> Network:
+    return node.case(symbols[node.symbol]) if isinstance(node, Switch) else node
+
+
+def each_case(program: Program) -> list[Program]:
+    """The programs without switches that a program stands for: the first cases of all, the second, and so on."""
+    most = max((len(n.cases) for n in program.nodes if isinstance(n, Switch)), default=1)
+    return [
+        replace(
+            program,
+            nodes=tuple(n.cases[min(k, len(n.cases) - 1)] if isinstance(n, Switch) else n for n in program.nodes),
+        )
+        for k in range(most)
+    ]
 
 
 def _run_opaque(node: Opaque, values: Mapping[str, Array]) -> Array:
@@ -87,7 +106,7 @@ def apply_pass(
     """Run one pass and check what every pass owes.
 
     The result verifies, has the same inputs and outputs, and computes the same numbers in float64, to within
-    `tolerance` of the largest one; the program that went in is as it was.
+    `tolerance` of the largest one and whichever case of its switches runs; the program that went in is as it was.
     """
     verify(program)
     text = ir_text.dump(program)
@@ -105,13 +124,14 @@ def apply_pass(
     for seed in (0, 1):
         feeds = feeds_for(program, symbols, seed)
         expected = evaluate_program(program, feeds, symbols)
-        found = evaluate_program(after, feeds, symbols)
-        scheduled = reference(after, feeds, symbols) if isinstance(step, Order) and not _opaque(after) else {}
-        for name, value in after.outputs:
-            assert_close(found[name], expected[name], tolerance=tolerance, what=f"{step.name()}: output {name}")
-            if scheduled:
-                what = f"{step.name()}: output {name} by its schedule"
-                assert_close(scheduled[value], expected[name], tolerance=tolerance, what=what)
+        for number, case in enumerate(each_case(after)):
+            found = evaluate_program(case, feeds, symbols)
+            scheduled = reference(case, feeds, symbols) if isinstance(step, Order) and not _opaque(case) else {}
+            for name, value in after.outputs:
+                what = f"{step.name()}, case {number}: output {name}"
+                assert_close(found[name], expected[name], tolerance=tolerance, what=what)
+                if scheduled:
+                    assert_close(scheduled[value], expected[name], tolerance=tolerance, what=f"{what} by its schedule")
     return after, tuple(changes)
 
 
@@ -214,12 +234,13 @@ def reference(
     """Every value of a program of networks alone, by `numpy.einsum` in float64.
 
     Nothing of tncompile computes here but sizes. A term is one einsum, or one for each of its steps where it is
-    scheduled. With `absolute`, all numbers are taken by magnitude: what rounding errors grow with.
+    scheduled; of a switch, the case that serves these sizes is taken. With `absolute`, all numbers are taken by
+    magnitude: what rounding errors grow with.
     """
     values: dict[str, Array] = {name: _plain(array, absolute) for name, array in feeds.items()}
     for node in program.nodes:
-        assert isinstance(node, Network)
-        values[node.output.name] = _einsum(node, values, symbols, absolute)
+        assert not isinstance(node, Opaque)
+        values[node.output.name] = _einsum(_serving(node, symbols), values, symbols, absolute)
     return values
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +16,23 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from tncompile.errors import SourceRef
-from tncompile.ir import Array, Axis, Dim, Index, Network, Opaque, Program, Slice, Step, Tensor, Term, Tree, Value, dims
+from tncompile.ir import (
+    Array,
+    Axis,
+    Dim,
+    Index,
+    Network,
+    Opaque,
+    Program,
+    Slice,
+    Step,
+    Switch,
+    Tensor,
+    Term,
+    Tree,
+    Value,
+    dims,
+)
 from tncompile.ir.core import Arg, Constant, Node, Ref
 
 SPACE = 4096
@@ -266,6 +282,29 @@ def draw_network(
     return Network(layer, tuple(terms), output, builder.dtype, source)
 
 
+def draw_switch(draw: Draw, network: Network, symbol: str) -> Switch:
+    """A switch of some networks that compute the same as one does, in other orders and with other index names."""
+    limits = sorted(draw(st.sets(st.integers(1, 99), min_size=1, max_size=3)))
+    return Switch(symbol, tuple(limits), (network, *(draw_case(draw, network) for _ in limits)))
+
+
+def draw_case(draw: Draw, network: Network) -> Network:
+    """The same sum of terms: its terms and their tensors in another order, perhaps with other index names."""
+    suffix = draw(st.sampled_from(["", "_2"]))
+
+    def renamed(tensor: Tensor) -> Tensor:
+        axes = tuple(tuple(Index(i.name + suffix, i.size) for i in axis) for axis in tensor.axes)
+        return replace(tensor, axes=axes)
+
+    output = renamed(network.output)
+    terms = []
+    for term in draw(st.permutations(network.terms)):
+        tensors = draw(st.permutations([renamed(t) for t in term.tensors]))
+        new = Term(tuple(tensors), order_of(draw, len(tensors)))
+        terms.append(new if term.steps is None else schedule_of(draw, new, output.indices))
+    return replace(network, terms=tuple(terms), output=output)
+
+
 def values_of(dtype: str, names: Sequence[str] = ("x", "z")) -> SearchStrategy[tuple[Value, ...]]:
     """Values of any readable shapes."""
     return st.tuples(*(st.builds(Value, st.just(name), st.just(dtype), shapes) for name in names))
@@ -334,7 +373,7 @@ def draw_opaque(draw: Draw, references: Sequence[str], name: str) -> Opaque:
 
 @st.composite
 def programs(draw: DrawFn, scheduled: bool = False, max_nodes: int = 4) -> Program:
-    """A program of networks and opaque nodes with odd names, weights and outputs."""
+    """A program of networks, switches and opaque nodes with odd names, weights and outputs."""
     taken: set[str] = set()
 
     def new() -> str:
@@ -348,6 +387,7 @@ def programs(draw: DrawFn, scheduled: bool = False, max_nodes: int = 4) -> Progr
         for seed in range(draw(st.integers(0, 2)))
     }
     known = list(weights.items())
+    symbols = [s for s in SYMBOLS if any(dims.shows(d, s) for v in inputs for d in v.shape or ())]
     nodes: list[Node] = []
     for _ in range(draw(st.integers(0, max_nodes))):
         name = new()
@@ -355,7 +395,9 @@ def programs(draw: DrawFn, scheduled: bool = False, max_nodes: int = 4) -> Progr
             dtype = draw(dtypes)
             builder = Builder(draw, dtype, taken, known, index_names=names)
             readable = [v for v in values if v.dtype == dtype and v.shape is not None]
-            nodes.append(draw_network(builder, readable, name, max_tensors=4, max_terms=2, scheduled=scheduled))
+            network = draw_network(builder, readable, name, max_tensors=4, max_terms=2, scheduled=scheduled)
+            switched = symbols and draw(st.integers(0, 3)) == 0
+            nodes.append(draw_switch(draw, network, draw(st.sampled_from(symbols))) if switched else network)
         else:
             nodes.append(draw_opaque(draw, [*(v.name for v in values), *weights], name))
         values.append(nodes[-1].value)

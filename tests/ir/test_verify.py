@@ -68,6 +68,11 @@ def with_steps(*steps: tuple[int, int]) -> Program:
     return with_term(steps=tuple(replace(step, left=a, right=b) for a, b in steps))
 
 
+def with_step_order(*order: str) -> Program:
+    (step,) = NETWORK.terms[0].steps or ()
+    return with_term(steps=(replace(step, order=order),))
+
+
 def test_a_good_program_passes_both_stages() -> None:
     verify(GOOD)
     verify(GOOD, "traced")
@@ -129,6 +134,10 @@ def test_any_stage(broken: Program, message: str) -> None:
         (with_steps((0, 2)), "step 2 reads 2, which is not there (any more)"),
         (with_steps((0, 1), (0, 2)), "step 3 reads 0, which is not there (any more)"),
         (with_steps((0, -1)), "step 2 reads -1, which is not there (any more)"),
+        (with_step_order("batch"), "step 2 leaves [batch]; its sides give batch o"),
+        (with_step_order("batch", "o", "i1"), "step 2 leaves [batch o i1]; its sides give batch o"),
+        (with_step_order("batch", "o", "q"), "step 2 leaves [batch o q]; its sides give batch o"),
+        (with_step_order("batch", "o", "o"), "step 2 leaves [batch o o]; its sides give batch o"),
     ],
 )
 def test_the_scheduled_stage(broken: Program, message: str) -> None:

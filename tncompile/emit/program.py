@@ -107,8 +107,7 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
     for value, given in zip(graph.inputs, program.inputs, strict=True):
         for axis, size in enumerate(given.shape or ()):
             for symbol in dims.symbols(size):
-                times = dims.divide(size, symbol)
-                if isinstance(times, int):
+                if times := dims.shows(size, symbol):
                     symbols.setdefault(symbol, (value, axis, times))
     lowering = _Lowering(graph, weights, symbols)
     placeholders = {id(o) for node in graph if node.domain == DOMAIN for o in node.outputs}

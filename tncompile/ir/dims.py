@@ -67,6 +67,12 @@ def divide(dim: Dim, by: Dim) -> Dim | None:
     return _join(i // j, s - t)
 
 
+def shows(dim: Dim, symbol: str) -> int:
+    """How many times the size of `symbol` a size is: 8 for ``"8*batch"``; 0 where it is no such multiple."""
+    times = divide(dim, symbol)
+    return times if isinstance(times, int) else 0
+
+
 def symbols(dim: Dim) -> set[str]:
     """The names that a size depends on."""
     if isinstance(dim, int):

@@ -92,7 +92,7 @@ def _verify_switch(switch: Switch, program: Program) -> None:
         raise _error(switch, "the limits do not increase")
     if any((case.value, case.name) != (switch.value, switch.name) for case in switch.cases):
         raise _error(switch, "the cases do not compute the same value")
-    if not any(switch.symbol in dims.symbols(size) for value in program.inputs for size in value.shape or ()):
+    if not any(dims.shows(size, switch.symbol) for value in program.inputs for size in value.shape or ()):
         raise _error(switch, f"no input shows the size {switch.symbol}")
 
 
