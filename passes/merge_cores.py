@@ -9,8 +9,8 @@ from itertools import combinations
 
 import numpy as np
 
-from tncompile.ir import Network, Node, Program, Term
-from tncompile.ir.edit import merge_tensors, merged_axes, unique_cores
+from tncompile.ir import Network, Node, Program, Tensor, Term
+from tncompile.ir.edit import merge_tensors, unique_cores
 from tncompile.passes.base import Change, Context, Pass
 
 
@@ -28,6 +28,8 @@ class MergeCores(Pass):
     2. The result has at most as many elements as the two together.
     3. No index that the two share and keep alive is also on an operand, unless one core's indices are all on the
        other (a scale): else a batch mode of later matmuls would appear where there was none.
+    4. Not both have an operand of their own, as the sites of a matrix product state do: merged, each operand would
+       meet the modes of the other's core too.
 
     Pairs that save most go first. Larger merges are left to `order`, which weighs them against run time.
     """
@@ -42,42 +44,95 @@ class MergeCores(Pass):
         return unique_cores(replace(program, nodes=tuple(nodes))), changes
 
     def _merge(self, network: Network, term: Term, changes: list[Change]) -> Term:
-        overflowing: set[tuple[int, int]] = set()
-        while True:
-            verdicts = {pair: self._weigh(network, term, pair) for pair in self._pairs(term)}
-            found = [(v, pair) for pair, v in verdicts.items() if isinstance(v, int) and pair not in overflowing]
-            if not found:
-                for pair, verdict in verdicts.items():
-                    reason = verdict if isinstance(verdict, str) else f"the product does not fit into {network.dtype}"
-                    what = f"{term.tensors[pair[0]].name} and {term.tensors[pair[1]].name} are not merged"
-                    changes.append(Change(network.output.name, what, reason, declined=True))
-                return term
-            gain, pair = max(found, key=lambda item: (item[0], [-p for p in item[1]]))
-            merged = merge_tensors(term, pair, network.output.indices, network.dtype)
-            if not all(np.isfinite(c.data).all() for c in merged.cores if c.data is not None):
-                overflowing.add(pair)
+        pairs = _Pairs(network, term)
+        while (best := pairs.best()) is not None:
+            gain, (a, b) = best
+            positions = (pairs.position(a), pairs.position(b))
+            merged = merge_tensors(term, positions, network.output.indices, network.dtype)
+            core = merged.tensors[positions[0]]
+            if core.data is None or not np.isfinite(core.data).all():
+                pairs.verdicts[a, b] = f"the product does not fit into {network.dtype}"
                 continue
-            a, b = (term.tensors[p].name for p in pair)
-            term, overflowing = merged, set()
+            first, second = (term.tensors[p].name for p in positions)
             why = f"{gain} elements fewer" if gain else "no more elements than before"
-            changes.append(Change(network.output.name, f"{a} and {b} are one core", why))
+            changes.append(Change(network.output.name, f"{first} and {second} are one core", why))
+            term = merged
+            pairs.replace(a, b, core)
+        for (a, b), verdict in sorted(pairs.verdicts.items()):
+            first, second = pairs.tensors[a].name, pairs.tensors[b].name
+            what = f"{first} and {second} are not merged"
+            changes.append(Change(network.output.name, what, str(verdict), declined=True))
+        return term
 
-    @staticmethod
-    def _pairs(term: Term) -> list[tuple[int, int]]:
-        cores = [p for p, t in enumerate(term.tensors) if t.is_core]
-        names = {p: {i.name for i in term.tensors[p].indices} for p in cores}
-        return [(a, b) for a, b in combinations(cores, 2) if names[a] & names[b] or not names[a] or not names[b]]
 
-    def _weigh(self, network: Network, term: Term, pair: tuple[int, int]) -> int | str:
-        """The elements that a merge saves, or why it must not or need not be done."""
-        a, b = ({i.name for i in term.tensors[p].indices} for p in pair)
-        kept = merged_axes(term, pair, network.output.indices)
-        modes = a & b & {i.name for i in kept} & {i.name for t in term.operands for i in t.indices}
+class _Pairs:
+    """The adjacent cores of a term: for each pair what its merge saves, or why it must not or need not be done.
+
+    Tensors are known by their first positions. A merge changes the verdicts of the new core's pairs, and of those
+    that become the last to hold an index: only these are weighed again.
+    """
+
+    def __init__(self, network: Network, term: Term) -> None:
+        self.tensors = dict(enumerate(term.tensors))
+        self.names = {p: {i.name for i in t.indices} for p, t in self.tensors.items()}
+        self.holders: dict[str, set[int]] = {}
+        for p, names in self.names.items():
+            for name in names:
+                self.holders.setdefault(name, set()).add(p)
+        self.output = {i.name for i in network.output.indices}
+        self.sizes = {name: index.size for name, index in term.indices.items()}
+        self.operands = [{i.name for i in t.indices} for t in term.operands]
+        self.modes = {name for names in self.operands for name in names}
+        self.verdicts: dict[tuple[int, int], int | str] = {}
+        cores = [p for p, t in self.tensors.items() if t.is_core]
+        for pair in combinations(cores, 2):
+            self._weigh(pair)
+
+    def position(self, tag: int) -> int:
+        """Where a tensor stands in the term now."""
+        return sum(1 for other in self.tensors if other < tag)
+
+    def best(self) -> tuple[int, tuple[int, int]] | None:
+        """The pair that saves most, of equal ones the first; None where no merge pays."""
+        found = [(v, pair) for pair, v in self.verdicts.items() if isinstance(v, int)]
+        return max(found, key=lambda item: (item[0], [-p for p in item[1]]), default=None)
+
+    def replace(self, a: int, b: int, core: Tensor) -> None:
+        """Put the merged core in the place of the first of its two."""
+        shared = self.names[a] & self.names[b]
+        self.verdicts = {pair: v for pair, v in self.verdicts.items() if not {a, b} & {*pair}}
+        for name in self.names[b]:
+            self.holders[name].discard(b)
+        self.tensors[a], self.names[a] = core, {i.name for i in core.indices}
+        del self.tensors[b], self.names[b]
+        for name in shared - self.names[a]:
+            self.holders[name].discard(a)
+        for name in self.names[a]:
+            self.holders[name].add(a)
+        again = {frozenset((a, p)) for p, t in self.tensors.items() if t.is_core and p != a}
+        again |= {frozenset(self.holders[name]) for name in shared if len(self.holders[name]) == 2}
+        for first, second in (sorted(pair) for pair in again):
+            if self.tensors[first].is_core and self.tensors[second].is_core:
+                self._weigh((first, second))
+
+    def _weigh(self, pair: tuple[int, int]) -> None:
+        a, b = (self.names[p] for p in pair)
+        if a and b and not a & b:
+            return
+        union = a | b
+        kept = {n for n in union if n in self.output or self.holders[n] - {*pair}}
+        modes = a & b & kept & self.modes
         if modes and not (a <= b or b <= a):
-            return f"both have the mode {', '.join(sorted(modes))} of an operand; left to order"
-        size, both = math.prod(int(i.size) for i in kept), sum(_elements(term, p) for p in pair)
-        return both - size if size <= both else f"{size} elements instead of {both}; left to order"
+            reason = f"both have the mode {', '.join(sorted(modes))} of an operand; left to order"
+            self.verdicts[pair] = reason
+            return
+        met, other = ({k for k, names in enumerate(self.operands) if names & side} for side in (a, b))
+        if met - other and other - met:
+            self.verdicts[pair] = "each meets an operand of its own; left to order"
+            return
+        size = self._elements(kept)
+        both = sum(math.prod(int(i.size) for i in self.tensors[p].indices) for p in pair)
+        self.verdicts[pair] = both - size if size <= both else f"{size} elements instead of {both}; left to order"
 
-
-def _elements(term: Term, position: int) -> int:
-    return math.prod(int(i.size) for i in term.tensors[position].indices)
+    def _elements(self, names: set[str]) -> int:
+        return math.prod(int(self.sizes[name]) for name in names)

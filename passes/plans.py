@@ -9,11 +9,11 @@ import numpy as np
 
 from tncompile.cost.exhaustive import best_trees
 from tncompile.cost.memory import price
-from tncompile.cost.schedule import Schedule, Scheduler, reduced_layout
+from tncompile.cost.schedule import Schedule, Scheduler, reduced_layouts
 from tncompile.cost.search import TreeSearch
 from tncompile.ir import Network, Step, Term, Tree
-from tncompile.ir.core import left_to_right
-from tncompile.ir.edit import merge_tensors
+from tncompile.ir.core import fold_tree, left_to_right, map_tree
+from tncompile.ir.edit import merge_groups
 from tncompile.ir.evaluate import flatten
 from tncompile.passes.base import Context
 
@@ -92,9 +92,11 @@ def _search(
     exhaustive = best_trees(prices, search.merge_order, limits.trees, SLACK * bound)
     if exhaustive is not None:
         return exhaustive
-    trees = dict.fromkeys(search.merges()[0])
-    trees[search.hyper(limits.max_trials)] = None
-    return sorted(trees, key=search.estimate)[: 2 * limits.trees]
+    starts = dict.fromkeys((*search.orders(limits.max_trials), *plain))
+    trees = [*starts, *map(search.refined, starts)]
+    if not search.has_many_merges:
+        trees += sorted(search.merges()[0], key=search.estimate)[: 2 * limits.trees]
+    return trees
 
 
 def _unmerged(term: Term) -> Tree:
@@ -120,7 +122,7 @@ def scheduler(network: Network, term: Term, context: Context, batch: int) -> Sch
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
     """The search of one term of a network at one batch size."""
     output = tuple(i.name for i in network.output.indices)
-    inputs = [reduced_layout(term, p, output) for p in range(len(term.tensors))]
+    inputs = reduced_layouts(term, output)
     core = [t.is_core for t in term.tensors]
     kept = tuple(name for name in output if name in term.indices)
     return TreeSearch(inputs, core, kept, context.index_sizes(network, batch), context.profile)
@@ -150,25 +152,28 @@ def merge_constants(network: Network, term: Term, tree: Tree, shapes_only: bool 
 
     With `shapes_only` the new cores have no numbers of their own, which is enough to schedule the term.
     """
-    groups: list[tuple[int, ...]] = []
-
-    def find(tree: Tree) -> None:
-        positions = flatten(tree)
-        if all(term.tensors[p].is_core for p in positions):
-            if len(positions) > 1:
-                groups.append(positions)
-        elif not isinstance(tree, int):
-            for branch in tree:
-                find(branch)
-
-    find(tree)
+    groups = []
+    for part in constant_parts(term, tree):
+        positions = sorted(flatten(part))
+        if len(positions) > 1:
+            groups.append((positions, map_tree(part, positions.index)))
     term = replace(term, order=tree, steps=None, slices=())
-    tags = list(range(len(term.tensors)))  # positions shift as tensors go
-    for group in groups:
-        now = [tags.index(p) for p in group]
-        term = merge_tensors(term, now, network.output.indices, network.dtype, shapes_only)
-        tags = [p for k, p in enumerate(tags) if k == min(now) or k not in now]
-    return term
+    return merge_groups(term, groups, network.output.indices, network.dtype, shapes_only)
+
+
+def constant_parts(term: Term, tree: Tree) -> list[Tree]:
+    """The largest subtrees of cores alone, from left to right."""
+    Part = tuple[Tree, bool, list[Tree]]
+
+    def leaf(position: int) -> Part:
+        core = term.tensors[position].is_core
+        return position, core, [position] if core else []
+
+    def join(a: Part, b: Part) -> Part:
+        tree, core = (a[0], b[0]), a[1] and b[1]
+        return tree, core, [tree] if core else a[2] + b[2]
+
+    return fold_tree(tree, leaf, join)[2]
 
 
 def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]:
@@ -182,13 +187,16 @@ def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]
 def label_of(term: Term, tree: Tree) -> str:
     """``(x A) (B*C)``: cores merged at compile time joined by a star."""
 
-    def show(tree: Tree) -> str:
-        positions = flatten(tree)
-        if isinstance(tree, int) or all(term.tensors[p].is_core for p in positions):
-            return "*".join(_short(term.tensors[p].name) for p in sorted(positions))
-        return "(" + " ".join(show(b) for b in tree) + ")"
+    Part = tuple[str, list[int], bool]  # as text, the positions in it, whether it has cores only
 
-    return show(tree)
+    def show(positions: list[int], core: bool) -> Part:
+        return "*".join(_short(term.tensors[p].name) for p in sorted(positions)), positions, core
+
+    def join(a: Part, b: Part) -> Part:
+        positions = a[1] + b[1]
+        return show(positions, True) if a[2] and b[2] else (f"({a[0]} {b[0]})", positions, False)
+
+    return fold_tree(tree, lambda p: show([p], term.tensors[p].is_core), join)[0]
 
 
 def _short(name: str) -> str:

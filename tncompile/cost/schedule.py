@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tncompile.cost.profile import DeviceProfile
-from tncompile.ir.core import Index, Step, Term, Tree
+from tncompile.ir.core import Index, Step, Term, Tree, fold_tree
 from tncompile.ir.evaluate import flatten
 
 Layout = tuple[str, ...]
@@ -53,8 +54,14 @@ def classify(left: Layout, right: Layout, kept: Collection[str]) -> Classes:
 
 def reduced_layout(term: Term, position: int, output: Iterable[str]) -> Layout:
     """A tensor's indices, each once and in order, without those that only this tensor has and that are summed."""
-    others = {i.name for p, t in enumerate(term.tensors) if p != position for i in t.indices} | {*output}
-    return tuple(dict.fromkeys(i.name for i in term.tensors[position].indices if i.name in others))
+    return reduced_layouts(term, output)[position]
+
+
+def reduced_layouts(term: Term, output: Iterable[str]) -> list[Layout]:
+    """`reduced_layout` of every tensor."""
+    names = [tuple(dict.fromkeys(i.name for i in t.indices)) for t in term.tensors]
+    held = Counter(itertools.chain(output, *names))
+    return [tuple(name for name in layout if held[name] > 1) for layout in names]
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,11 @@ class Scheduler:
         self.profile = profile
         self.itemsize = itemsize
         self.shown = tuple(shown)
+        self._layouts = reduced_layouts(term, self.output)
 
     def layout(self, position: int) -> Layout:
         """The order of a tensor's indices as it flows in, or as it is stored."""
-        return reduced_layout(self.term, position, self.output)
+        return self._layouts[position]
 
     def permute(self, layout: Layout, wanted: Layout) -> float:
         """Seconds to bring a result into another order of its indices."""
@@ -149,7 +157,7 @@ class Scheduler:
         for position in range(len(self.term.tensors)):
             for name in self.layout(position):
                 self._count[name] = self._count.get(name, 0) + 1
-        ways = self._visit(tree, root=True)
+        ways = self._ways(tree)
         totals = (self._flops, self._bytes, self._peak)
         best = sorted(ways, key=lambda way: way.seconds)[:keep]
         return [Schedule(_linear(w.plan, len(self.term.tensors)), w.seconds, *totals) for w in best]
@@ -177,18 +185,20 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------ the tree
 
-    def _visit(self, tree: Tree, root: bool = False) -> list[_Way]:
+    def _ways(self, tree: Tree) -> list[_Way]:
         if isinstance(tree, int):
-            return [_Way(self._as_it_is(self.layout(tree)) if root else 0.0, self.layout(tree), tree)]
-        ways, constant = self._visit(tree[0]), self._is_constant(tree[0])
-        for number, branch in enumerate(tree[1:], start=2):
-            other, other_constant = self._visit(branch), self._is_constant(branch)
-            ways = self._join(ways, constant, other, other_constant, root and number == len(tree))
-            constant = constant and other_constant
-        return ways
+            return [_Way(self._as_it_is(self.layout(tree)), self.layout(tree), tree)]
+        left = len(flatten(tree)) - 1  # joins to do: the last one is the root
 
-    def _is_constant(self, tree: Tree) -> bool:
-        return all(self.term.tensors[p].is_core for p in flatten(tree))
+        def leaf(position: int) -> tuple[list[_Way], bool]:
+            return [_Way(0.0, self.layout(position), position)], self.term.tensors[position].is_core
+
+        def join(a: tuple[list[_Way], bool], b: tuple[list[_Way], bool]) -> tuple[list[_Way], bool]:
+            nonlocal left
+            left -= 1
+            return self._join(*a, *b, left == 0), a[1] and b[1]
+
+        return fold_tree(tree, leaf, join)[0]
 
     def _join(self, a: list[_Way], a_core: bool, b: list[_Way], b_core: bool, root: bool) -> list[_Way]:
         names_a, names_b = a[0].layout, b[0].layout
@@ -340,13 +350,16 @@ def _orders(group: Layout) -> Iterable[Layout]:
 def _linear(plan: _Plan, count: int) -> tuple[Step, ...]:
     """Steps in an order in which each comes after what it reads, results numbered from `count`."""
     steps: list[Step] = []
-
-    def visit(plan: _Plan) -> int:
-        if isinstance(plan, int):
-            return plan
-        left, right = visit(plan.left), visit(plan.right)
-        steps.append(Step(left, right, plan.form, plan.order))
-        return count + len(steps) - 1
-
-    visit(plan)
+    todo: list[tuple[_Plan, bool]] = [(plan, False)]
+    done: list[int] = []
+    while todo:
+        item, ready = todo.pop()
+        if isinstance(item, int):
+            done.append(item)
+        elif ready:
+            right, left = done.pop(), done.pop()
+            steps.append(Step(left, right, item.form, item.order))
+            done.append(count + len(steps) - 1)
+        else:
+            todo += [(item, True), (item.right, False), (item.left, False)]
     return tuple(steps)

@@ -9,15 +9,18 @@ import functools
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tncompile.cost.profile import DeviceProfile
-from tncompile.ir.core import Tree, left_to_right
+from tncompile.cost.refine import Refiner
+from tncompile.ir.core import Tree, fold_tree, left_to_right, map_tree
 
 Names = tuple[str, ...]
 MAX_CORE_ELEMENTS = 1 << 27
 _OPTIMAL_UP_TO = 9
+_PARTITIONED_UP_TO = 12  # cores: a chain of so many has 2048 connected partitions
 
 
 def ssa_to_tree(path: Sequence[Sequence[int]], count: int) -> Tree:
@@ -83,12 +86,13 @@ class TreeSearch:
         self.sizes = dict(sizes)
         self.profile = profile
         self._inner_orders: dict[tuple[int, ...], Tree] = {}
+        self._refiner: Refiner | None = None
+        self._held = Counter(itertools.chain(output, *map(dict.fromkeys, self.inputs)))
 
     def kept(self, positions: Collection[int]) -> Names:
         """Indices of the contraction of some tensors, in order of first use."""
-        inside = dict.fromkeys(positions)
-        needed = {*self.output} | {i for p, names in enumerate(self.inputs) if p not in inside for i in names}
-        return tuple(i for i in dict.fromkeys(i for p in positions for i in self.inputs[p]) if i in needed)
+        inside = Counter(i for p in positions for i in dict.fromkeys(self.inputs[p]))
+        return tuple(i for i, count in inside.items() if self._held[i] > count)
 
     def elements(self, positions: Collection[int]) -> int:
         """Size of the contraction of some tensors."""
@@ -117,6 +121,11 @@ class TreeSearch:
         complete = len(partitions) <= limit and len(self.inputs) <= _OPTIMAL_UP_TO
         return [tree for tree in trees if tree is not None], complete
 
+    @property
+    def has_many_merges(self) -> bool:
+        """Whether the ways to merge the cores are too many to look at a fair part of them."""
+        return sum(self.core) > _PARTITIONED_UP_TO
+
     def _partitions(self, cores: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
         """All partitions of some cores into connected groups."""
         if not cores:
@@ -139,10 +148,15 @@ class TreeSearch:
 
         yield from grow({first}, set())
 
-    def hyper(self, max_trials: int) -> Tree:
-        """cotengra's hyper-optimizer under our own cost, in which subtrees of cores are free.
+    def orders(self, max_trials: int) -> list[Tree]:
+        """cotengra's order by FLOPs alone, and that of its hyper-optimizer under our cost."""
+        return [optimal(self.inputs, self.output, self.sizes), self.hyper(max_trials)]
 
-        Limited by trials and never by time, fewer for large networks: the same model must give the same file.
+    def hyper(self, max_trials: int) -> Tree:
+        """The best of cotengra's hyper-optimizer under our own cost, in which subtrees of cores are free.
+
+        Limited by trials and never by time, fewer for large networks: the same model must give the same file. Trials
+        are not reconfigured one by one, which would take nearly all of the time: see `refined` for the best.
         """
         import cotengra
 
@@ -154,6 +168,7 @@ class TreeSearch:
                 minimize=self.objective(),
                 max_repeats=max(2, min(max_trials, 600 // len(self.inputs))),
                 parallel=False,
+                reconf_opts=None,
                 optlib="random",
                 optlib_opts={"seed": 0},
                 on_trial_error="raise",
@@ -162,6 +177,13 @@ class TreeSearch:
             return ssa_to_tree(tree.get_ssa_path(), len(self.inputs))
         finally:
             random.setstate(state)
+
+    def refined(self, tree: Tree) -> Tree:
+        """A tree that is predicted no slower, improved window by window."""
+        if self._refiner is None:
+            args = (self.inputs, self.core, self.output, self.sizes, self.profile, MAX_CORE_ELEMENTS)
+            self._refiner = Refiner(*args)
+        return self._refiner.improve(tree)
 
     def objective(self) -> Any:
         """Our cost as a cotengra objective."""
@@ -174,27 +196,21 @@ class TreeSearch:
             for name in names:
                 count[name] = count.get(name, 0) + 1
 
-        def visit(tree: Tree) -> tuple[Names, bool]:
+        def join(a: tuple[Names, bool], b: tuple[Names, bool]) -> tuple[Names, bool]:
             nonlocal total
-            if isinstance(tree, int):
-                return self.inputs[tree], self.core[tree]
-            result, constant = visit(tree[0])
-            for branch in tree[1:]:
-                other, other_constant = visit(branch)
-                for names in (result, other):
-                    for name in names:
-                        count[name] -= 1
-                union = tuple(dict.fromkeys((*result, *other)))
-                kept = tuple(i for i in union if i in self.output or count[i] > 0)
-                for name in kept:
-                    count[name] += 1
-                constant = constant and other_constant
-                if not constant:
-                    total += step_seconds(self.profile, *map(self._size, (union, result, other, kept)))
-                result = kept
-            return result, constant
+            (result, constant), (other, other_constant) = a, b
+            for names in (result, other):
+                for name in names:
+                    count[name] -= 1
+            union = tuple(dict.fromkeys((*result, *other)))
+            kept = tuple(i for i in union if i in self.output or count[i] > 0)
+            for name in kept:
+                count[name] += 1
+            if not (constant and other_constant):
+                total += step_seconds(self.profile, *map(self._size, (union, result, other, kept)))
+            return kept, constant and other_constant
 
-        visit(tree)
+        fold_tree(tree, lambda position: (self.inputs[position], self.core[position]), join)
         return total
 
     def _size(self, names: Names) -> int:
@@ -210,11 +226,7 @@ class TreeSearch:
         inputs = [self.kept(g) for g in parts]
         outer = optimal(inputs, self.output, self.sizes, minimize)
         inner = [self._inner(g) for g in parts]
-
-        def place(tree: Tree) -> Tree:
-            return inner[tree] if isinstance(tree, int) else tuple(place(b) for b in tree)
-
-        return place(outer)
+        return map_tree(outer, inner.__getitem__)
 
     def merge_order(self, group: tuple[int, ...]) -> Tree | None:
         """The order in which to merge a group of cores, None where their product is too large."""
@@ -228,11 +240,7 @@ class TreeSearch:
 
     def _optimal_inner(self, group: tuple[int, ...]) -> Tree:
         tree = optimal([self.inputs[p] for p in group], self.kept(group), self.sizes)
-
-        def place(tree: Tree) -> Tree:
-            return group[tree] if isinstance(tree, int) else tuple(place(b) for b in tree)
-
-        return place(tree)
+        return map_tree(tree, group.__getitem__)
 
 
 def step_seconds(profile: DeviceProfile, union: int, left: int, right: int, result: int) -> float:
@@ -243,7 +251,7 @@ def step_seconds(profile: DeviceProfile, union: int, left: int, right: int, resu
 @functools.cache
 def _objective_class() -> Callable[..., Any]:
     """Made on first use, so that importing this file does not import cotengra."""
-    from cotengra.scoring import ExactObjective
+    from cotengra.scoring import ExactObjective, ensure_basic_quantities_are_computed
 
     class RunTime(ExactObjective):  # type: ignore[misc, unused-ignore]
         """Seconds at run time: a node all of whose leaves are cores is free."""
@@ -264,6 +272,7 @@ def _objective_class() -> Callable[..., Any]:
             return step_seconds(self.profile, flops, tree.get_size(left), tree.get_size(right), tree.get_size(node))
 
         def __call__(self, trial: Any) -> float:
+            ensure_basic_quantities_are_computed(trial)  # the optimizer records them
             tree = trial["tree"]
             return math.log2(1e-12 + sum(self.cost_local_tree_node(tree, node) for node, _, _ in tree.traverse()))
 

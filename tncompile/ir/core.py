@@ -9,10 +9,10 @@ cores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from tncompile.ir import dims
 from tncompile.ir.dims import Dim
 
 Array = NDArray[Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,11 @@ class Term:
     slices: tuple[Slice, ...] = ()
 
     def __post_init__(self) -> None:
-        order = left_to_right(range(len(self.tensors))) if self.order == () else _pairs(self.order)
+        order = (
+            left_to_right(range(len(self.tensors)))
+            if self.order == ()
+            else map_tree(self.order, lambda position: position)
+        )
         object.__setattr__(self, "order", order)
 
     @property
@@ -156,11 +161,35 @@ class Term:
         return {i.name: i for t in self.tensors for i in t.indices}
 
 
-def _pairs(tree: Tree) -> Tree:
-    """A tree in which every branch is a pair: ``(0, 1, 2)`` is ``((0, 1), 2)``."""
-    if isinstance(tree, int):
-        return tree
-    return left_to_right(map(_pairs, tree))
+def fold_tree(tree: Tree, leaf: Callable[[int], T], join: Callable[[T, T], T]) -> T:
+    """What `join` makes of the branches of an order, pair by pair from left to right, and `leaf` of its positions.
+
+    Without recursion: the order of a chain is as deep as the chain is long.
+    """
+    todo: list[Tree | None] = [tree]
+    done: list[T] = []
+    while todo:
+        item = todo.pop()
+        if item is None:
+            right, left = done.pop(), done.pop()
+            done.append(join(left, right))
+        elif isinstance(item, int):
+            done.append(leaf(item))
+        else:
+            first, *others = item
+            todo += [part for branch in reversed(others) for part in (None, branch)]
+            todo.append(first)
+    (result,) = done
+    return result
+
+
+def map_tree(tree: Tree, leaf: Callable[[int], Tree]) -> Tree:
+    """Replace every leaf of an order; every branch of the result is a pair."""
+
+    def join(a: Tree, b: Tree) -> Tree:
+        return a, b
+
+    return fold_tree(tree, leaf, join)
 
 
 def left_to_right(positions: Any) -> Tree:

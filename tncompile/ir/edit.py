@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tncompile.ir import dims
-from tncompile.ir.core import Axis, Index, Network, Node, Opaque, Program, Recipe, Switch, Tensor, Term, Tree
+from tncompile.ir.core import (
+    Axis,
+    Index,
+    Network,
+    Node,
+    Opaque,
+    Program,
+    Recipe,
+    Switch,
+    Tensor,
+    Term,
+    Tree,
+    fold_tree,
+    map_tree,
+)
 from tncompile.ir.evaluate import merge
 
 
@@ -187,23 +202,15 @@ def _expand(term: Term, choice: Mapping[int, int], producer: Network, consumer: 
     return Term(tuple(tensors), order)
 
 
-def map_tree(tree: Tree, leaf: Callable[[int], Tree]) -> Tree:
-    """Replace every leaf of an order."""
-    return leaf(tree) if isinstance(tree, int) else tuple(map_tree(branch, leaf) for branch in tree)
-
-
 def drop_tensors(term: Term, positions: Collection[int]) -> Term:
     """A term without some of its tensors, the others renumbered in its order."""
     kept = [p for p in range(len(term.tensors)) if p not in positions]
     number = {old: new for new, old in enumerate(kept)}
 
-    def visit(tree: Tree) -> Tree | None:
-        if isinstance(tree, int):
-            return number.get(tree)
-        branches = [b for b in map(visit, tree) if b is not None]
-        return branches[0] if len(branches) == 1 else tuple(branches) or None
+    def join(a: Tree | None, b: Tree | None) -> Tree | None:
+        return b if a is None else a if b is None else (a, b)
 
-    order = visit(term.order)
+    order = fold_tree(term.order, number.get, join)
     return Term(tuple(term.tensors[p] for p in kept), () if order is None else order)
 
 
@@ -228,10 +235,33 @@ def merge_tensors(
     The contraction runs in float64, in the order of the term, and is rounded once. A core larger than what it is
     made of keeps its recipe. With `shapes_only` nothing is computed: the new core is all zeros and takes no memory.
     """
-    chosen = sorted(positions)
-    cores = [term.tensors[p] for p in chosen]
-    keep = merged_axes(term, chosen, output)
-    order = drop_tensors(replace(term, steps=None), set(range(len(term.tensors))) - set(chosen)).order
+    order = drop_tensors(replace(term, steps=None), {*range(len(term.tensors))} - {*positions}).order
+    return merge_groups(term, [(tuple(sorted(positions)), order)], output, dtype, shapes_only)
+
+
+def merge_groups(
+    term: Term,
+    groups: Sequence[tuple[Sequence[int], Tree]],
+    output: Iterable[Index],
+    dtype: str,
+    shapes_only: bool = False,
+) -> Term:
+    """`merge_tensors` for several disjoint groups of cores at once, each with an order of its own: the order's leaf k
+    is the k-th of the group's ascending positions."""
+    held = Counter(name for t in term.tensors for name in {i.name for i in t.indices})
+    held.update(i.name for i in output)
+    tensors = list(term.tensors)
+    for positions, order in groups:
+        tensors[positions[0]] = _merged([term.tensors[p] for p in positions], order, held, dtype, shapes_only)
+    gone = {p for positions, _ in groups for p in positions[1:]}
+    return drop_tensors(replace(term, tensors=tuple(tensors), steps=None, slices=()), gone)
+
+
+def _merged(cores: Sequence[Tensor], order: Tree, held: Mapping[str, int], dtype: str, shapes_only: bool) -> Tensor:
+    """One core for several; `held` counts the tensors that have each index, with the output."""
+    inside = Counter(name for core in cores for name in {i.name for i in core.indices})
+    found = {i.name: i for core in cores for i in core.indices}
+    keep = tuple(i for name, i in found.items() if held[name] > inside[name])
     if shapes_only:
         data = np.broadcast_to(np.zeros((), dtype), [int(i.size) for i in keep])
     else:
@@ -240,11 +270,7 @@ def merge_tensors(
     recipe = None if shapes_only else Recipe(Term(tuple(cores), order), keep)
     if recipe is not None and recipe.elements >= data.size:
         recipe = None
-    core = Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data, recipe)
-    placed = replace(
-        term, tensors=(*term.tensors[: chosen[0]], core, *term.tensors[chosen[0] + 1 :]), steps=None, slices=()
-    )
-    return drop_tensors(placed, set(chosen[1:]))
+    return Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data, recipe)
 
 
 def merged_name(names: Sequence[str]) -> str:

@@ -8,14 +8,22 @@ from typing import Any
 import numpy as np
 
 from tncompile.ir import dims
-from tncompile.ir.core import Array, Index, Network, Tensor, Term, Tree
+from tncompile.ir.core import Array, Index, Network, Tensor, Term, Tree, fold_tree
 
 Labelled = tuple[Array, tuple[str, ...]]
 
 
 def flatten(tree: Tree) -> tuple[int, ...]:
     """The positions in a contraction order, from left to right."""
-    return (tree,) if isinstance(tree, int) else tuple(p for branch in tree for p in flatten(branch))
+    found: list[int] = []
+    todo = [tree]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, int):
+            found.append(item)
+        else:
+            todo += reversed(item)
+    return tuple(found)
 
 
 def einsum(operands: Sequence[Labelled], output: Sequence[str]) -> Array:
@@ -41,14 +49,6 @@ def contract(operands: Sequence[Labelled], tree: Tree, output: Collection[str]) 
     def needed(name: str) -> bool:
         return name in output or pending[name] > 0
 
-    def visit(tree: Tree) -> Labelled:
-        if isinstance(tree, int):
-            return operands[tree]
-        result = visit(tree[0])
-        for branch in tree[1:]:
-            result = pair(result, visit(branch))
-        return result
-
     def pair(a: Labelled, b: Labelled) -> Labelled:
         names = dict.fromkeys((*a[1], *b[1]))
         for part in (a, b):
@@ -59,7 +59,7 @@ def contract(operands: Sequence[Labelled], tree: Tree, output: Collection[str]) 
             pending[name] += 1
         return einsum([a, b], kept), kept
 
-    result, names = visit(tree)
+    result, names = fold_tree(tree, operands.__getitem__, pair)
     kept = tuple(n for n in dict.fromkeys(names) if n in output)
     return (result, names) if kept == names else (einsum([(result, names)], kept), kept)
 
