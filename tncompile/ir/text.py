@@ -21,9 +21,9 @@
 
 A line ``switch batch <= 8, 64`` says that the next networks, one more than there are limits, compute one value, each
 for sizes up to its limit. A network is the sum of its terms; `layer` names the module that it stands for. Brackets
-hold one entry for each physical axis; ``(i1 i2)`` is an axis that groups several indices, ``()`` one of size 1. `order` and the steps
-number the tensors of their term, then the results of earlier steps. ``slices r=4`` between the two says that the
-term is computed in four parts of the index r. ``%h`` is a value or a weight; a bare word
+hold one entry for each physical axis; ``(i1 i2)`` is an axis that groups several indices, ``()`` one of size 1. `order`
+and the steps number the tensors of their term, then the results of earlier steps. ``slices r=4`` between the two says
+that the term is computed in four parts of the index r. ``%h`` is a value or a weight; a bare word
 in the arguments of an opaque node is a constant of torch's. A name that is not a plain word is a JSON string.
 ``#`` starts a comment; the one behind a node is its source. The numbers of weights and cores are not in the
 text.
