@@ -16,16 +16,18 @@ from tncompile.passes.fold import Fold
 from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
+from tncompile.passes.stacks import Stacks
 
 DEFAULT: tuple[Pass, ...] = (
-    Clean(),  # size-1 bonds and copies would hide which cores are adjacent
+    Clean(),  # size-1 bonds and copies would hide which cores are adjacent, or which slices belong together
+    Stacks(),  # what is taken apart and stacked again would part networks
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
     MergeCores(),  # leaves a smaller network to search
     Order(),  # last: its schedule fits one form of the network only
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Fold, MergeCores, Dense, Order, Limit)}
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, MergeCores, Dense, Order, Limit)}
 
 
 @dataclass(frozen=True)
