@@ -31,7 +31,9 @@ other commands:
   tncompile bench MODEL      time the compiled model beside the other ways to run it
 """
 
-PASSES_HELP = "passes to run, in order, with options in braces: clean,fold,clean,merge_cores,order{max_trials=64}"
+PASSES_HELP = (
+    "passes to run, in order, with options in braces: clean,fold,clean,merge_cores,order{max_trials=64},layout"
+)
 
 PROFILE_HELP = "device profile to plan with (default: as `tncompile tune --device` stored it, else the shipped one)"
 
