@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from tncompile.errors import TNCompileError, VerificationError
-from tncompile.ir import Program, verify
+from tncompile.ir import Program, Stage, verify
 from tncompile.passes.base import Context, Pass, PassReport
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
+from tncompile.passes.layout import Layout
 from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
@@ -24,17 +25,22 @@ DEFAULT: tuple[Pass, ...] = (
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
     MergeCores(),  # leaves a smaller network to search
-    Order(),  # last: its schedule fits one form of the network only
+    Order(),  # its schedules fit the networks as they now are: only what knows of them may follow
+    Layout(),  # moves the boundaries that those schedules took as given
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, MergeCores, Dense, Order, Limit)}
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, MergeCores, Dense, Order, Layout, Limit)}
+
+_SCHEDULED = (Layout, Limit)  # passes over a scheduled program
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Runs passes in order; where `scheduled`, `Order` too if it is not the last: nothing can be emitted without.
+    """Runs passes in order; where `scheduled`, `Order` too if no pass before it is to follow: nothing can be emitted
+    without.
 
-    `Limit` comes last, where it is named or the context has a limit of memory: it needs that schedule.
+    `Layout`, where it is named, and then `Limit`, where it is named or the context has a limit of memory, come last:
+    they need those schedules.
     """
 
     passes: Sequence[Pass] = DEFAULT
@@ -48,15 +54,19 @@ class Pipeline:
         reports = []
         passes = list(self.passes)
         if self.scheduled:
+            layouts = [p for p in passes if isinstance(p, Layout)]
             limits = [p for p in passes if isinstance(p, Limit)] or [Limit()] * (context.max_memory is not None)
-            passes = [p for p in passes if not isinstance(p, Limit)]
+            passes = [p for p in passes if not isinstance(p, _SCHEDULED)]
             passes += [Order()] * (not (passes and isinstance(passes[-1], Order)))
-            passes += limits
+            passes += [*layouts, *limits]
+        stage: Stage = "traced"
         for step in passes:
             start = time.perf_counter()
             program, changes = step.run(program, context)
+            if not isinstance(step, _SCHEDULED):
+                stage = "scheduled" if isinstance(step, Order) else "traced"
             try:
-                verify(program, "scheduled" if isinstance(step, Order | Limit) else "traced")
+                verify(program, stage)
             except VerificationError as error:
                 raise VerificationError(f"the pass {step.name()} left a broken program: {error}") from error
             reports.append(PassReport(step.name(), tuple(changes), time.perf_counter() - start))
@@ -75,9 +85,11 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
         if name not in PASSES:
             raise TNCompileError(f"no pass {name!r}; the passes are {', '.join(PASSES)}")
         passes.append(_with_options(PASSES[name](), options.rstrip("}")))
-    others = [p for p in passes if not isinstance(p, Limit)]  # which runs last wherever it stands
-    if any(isinstance(p, Order) for p in others[:-1]):
-        raise TNCompileError("after order only limit may come: its schedules fit the networks as they then are")
+    before = [p for p in passes if not isinstance(p, _SCHEDULED)]
+    if any(isinstance(p, Order) for p in before[:-1]):
+        raise TNCompileError(
+            "order must be the last pass, but for layout and limit: its schedules fit the networks as they then are"
+        )
     return tuple(passes)
 
 

@@ -109,14 +109,16 @@ def _schedulers(network: Network, term: Term, tree: Tree, context: Context) -> t
     return merged, [scheduler(network, merged, context, batch) for batch in context.batches]
 
 
-def scheduler(network: Network, term: Term, context: Context, batch: int) -> Scheduler:
+def scheduler(
+    network: Network, term: Term, context: Context, batch: int, kind: type[Scheduler] = Scheduler
+) -> Scheduler:
     """The scheduler of one term of a network at one batch size."""
     itemsize = np.dtype(network.dtype).itemsize
     sizes = context.index_sizes(network, batch)
     shown = [tuple(i.name for i in axis) for axis in network.output.axes]
     if network.output.name not in context.outputs:
         shown = []
-    return Scheduler(term, network.output.indices, sizes, context.profile, itemsize, shown)
+    return kind(term, network.output.indices, sizes, context.profile, itemsize, shown)
 
 
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:

@@ -18,7 +18,7 @@ from tncompile.frontend.importer import TracedModel
 from tncompile.ir import Array, Index, Network, Opaque, Program, Switch, dims, verify
 from tncompile.ir import evaluate as evaluate_network
 from tncompile.ir import text as ir_text
-from tncompile.passes import DEFAULT, Change, Context, Order, Pass, PassReport, Pipeline
+from tncompile.passes import DEFAULT, Change, Context, Layout, Order, Pass, PassReport, Pipeline
 
 SYMBOLS: Mapping[str, int] = {"batch": 3, "seq": 5}
 """Sizes that programs are evaluated at where a test does not say otherwise: primes, so that none divides another."""
@@ -112,7 +112,7 @@ def apply_pass(
     text = ir_text.dump(program)
     arrays = {name: array.copy() for name, array in program.arrays.items()}
     after, changes = step.run(program, context or Context())
-    verify(after, "scheduled" if isinstance(step, Order) else "traced")
+    verify(after, "scheduled" if isinstance(step, Order | Layout) else "traced")
     assert ir_text.dump(program) == text, f"{step.name()} changed the program it was given"
     for name, array in program.arrays.items():
         np.testing.assert_array_equal(array, arrays[name], f"{step.name()} wrote to {name}")
@@ -126,7 +126,8 @@ def apply_pass(
         expected = evaluate_program(program, feeds, symbols)
         for number, case in enumerate(each_case(after)):
             found = evaluate_program(case, feeds, symbols)
-            scheduled = reference(case, feeds, symbols) if isinstance(step, Order) and not _opaque(case) else {}
+            ready = isinstance(step, Order | Layout) and not _opaque(case)
+            scheduled = reference(case, feeds, symbols) if ready else {}
             for name, value in after.outputs:
                 what = f"{step.name()}, case {number}: output {name}"
                 assert_close(found[name], expected[name], tolerance=tolerance, what=what)

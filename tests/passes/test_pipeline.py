@@ -17,6 +17,7 @@ from tncompile.passes import (
     Clean,
     Context,
     Fold,
+    Layout,
     MergeCores,
     Order,
     Pass,
@@ -44,7 +45,7 @@ program
 @pytest.mark.parametrize(
     ("text", "passes"),
     [
-        ("clean,fold,clean,merge_cores,order", DEFAULT),
+        ("clean,fold,clean,merge_cores,order,layout", DEFAULT),
         ("clean", (Clean(),)),
         ("order", (Order(),)),
         (" clean , fold ", (Clean(), Fold())),
@@ -79,7 +80,7 @@ def test_what_is_wrong_with_a_text(text: str, message: str) -> None:
 
 
 def test_names_are_spelled_as_on_the_command_line() -> None:
-    assert [p.name() for p in DEFAULT] == ["clean", "fold", "clean", "merge_cores", "order"]
+    assert [p.name() for p in DEFAULT] == ["clean", "fold", "clean", "merge_cores", "order", "layout"]
 
 
 # ------------------------------------------------------------------------------------ the verifier
@@ -139,6 +140,10 @@ def test_what_comes_out_is_scheduled() -> None:
         verify(program, "scheduled")
         assert reports[-1].name == "order"
         assert len(reports) == len(passes) + 1
+    for passes in ((Layout(),), (Layout(), Clean()), (Order(), Layout())):
+        program, reports = Pipeline(passes).run(program_of(TEXT), Context())
+        verify(program, "scheduled")
+        assert [r.name for r in reports[-2:]] == ["order", "layout"]
     program, reports = Pipeline((Clean(),), scheduled=False).run(program_of(TEXT), Context())
     assert [r.name for r in reports] == ["clean"]
     assert program.networks[0].terms[0].steps is None
@@ -153,7 +158,7 @@ def test_reports_and_progress() -> None:
     assert [name for name, _ in seen] == [r.name for r in reports] == [p.name() for p in DEFAULT]
     assert seen[-1][1] is program
     assert all(isinstance(r, PassReport) and r.seconds >= 0 for r in reports)
-    assert [c.network for c in reports[-1].changes] == ["y"]
+    assert [c.network for r in reports if r.name == "order" for c in r.changes] == ["y"]
 
 
 def test_a_change_reads_as_a_line() -> None:

@@ -163,7 +163,8 @@ class Scheduler:
         return [Schedule(_linear(w.plan, len(self.term.tensors)), w.seconds, *totals) for w in best]
 
     def price(self, steps: Sequence[Step]) -> Schedule:
-        """The cost of given steps, maybe found at other sizes."""
+        """The cost of given steps, maybe found at other sizes; infinite where a side does not lie as its step's form
+        needs it."""
         term, count = self.term, len(self.term.tensors)
         layouts = [self.layout(p) for p in range(count)]
         seconds, flops, moved, peak = 0.0, 0.0, 0.0, 0
@@ -171,7 +172,8 @@ class Scheduler:
             x, y = layouts[step.left], layouts[step.right]
             core = step.right < count and term.tensors[step.right].is_core
             forms = self.forms(x, y, core, {*step.order})
-            seconds += min(s for s, form, order in forms if (form, order) == (step.form, step.order))
+            same = (s for s, form, order in forms if (form, order) == (step.form, step.order))
+            seconds += min(same, default=math.inf)
             flops += 2.0 * self.size({*x, *y})
             moved += (self.size(x) + self.size(y) + self.size(step.order)) * self.itemsize
             peak = max(peak, self.size(step.order))
@@ -323,6 +325,14 @@ class Scheduler:
         sizes = (self.size(swap[0]), self.size(swap[1])) if swap else None
         block = self.size(layout[len(layout) - tail :])
         return self.profile.permute_time(self.size(layout), block, self.itemsize, swap is not None, sizes)
+
+
+class OpenEnded(Scheduler):
+    """Schedules terms whose results may stay in any order and in any axes."""
+
+    def finish(self, left: Layout, form: str, layout: Layout) -> float:
+        """Nothing."""
+        return 0.0
 
 
 def _swap(layout: Layout, wanted: Layout) -> tuple[Layout, Layout] | None:

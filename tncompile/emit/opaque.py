@@ -31,7 +31,7 @@ from torch.export.graph_signature import (
 
 from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Arg, Constant, Node, Opaque, Program, Ref
+from tncompile.ir import Arg, Constant, Dim, Node, Opaque, Program, Ref, dims
 
 OPSET = 20
 DOMAIN = "tncompile"
@@ -60,8 +60,9 @@ def export(program: Program, traced: TracedModel) -> onnx_ir.Model:
 
 def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedProgram:
     """The program as a torch.export graph, one `tncompile::network` call for each network."""
-    meta = {n.name: n.meta for n in traced.exported.graph_module.graph.nodes}
     mode = _fake_mode(traced.exported)
+    meta = {n.name: n.meta for n in traced.exported.graph_module.graph.nodes}
+    meta |= _relaid(program, traced, meta, mode)
     graph = torch.fx.Graph()
     env: dict[str, torch.fx.Node] = {}
     inputs: list[InputSpec] = []
@@ -103,6 +104,31 @@ def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedP
         traced.exported.example_inputs,
         {},
     )
+
+
+def _relaid(program: Program, traced: TracedModel, meta: dict[str, Any], mode: Any) -> dict[str, dict[str, Any]]:
+    """The meta of values that have another shape than was traced, as their modes lie in another order."""
+    found = {}
+    for name, value in program.values.items():
+        before = traced.program.values.get(name)
+        if before is None or before.shape is None or value.shape is None or before.shape == value.shape:
+            continue
+        old = meta[name]["val"]
+        sizes = dict(zip(before.shape, old.shape, strict=True))
+        with mode:
+            found[name] = {**meta[name], "val": old.new_empty([_run_time_size(d, sizes) for d in value.shape])}
+    return found
+
+
+def _run_time_size(dim: Dim, sizes: dict[Dim, Any]) -> Any:
+    """A size of a new shape in torch's symbols, from the sizes of the old one."""
+    if isinstance(dim, int):
+        return dim
+    for known, size in sizes.items():
+        times, part = dims.divide(dim, known), dims.divide(known, dim)
+        if isinstance(times, int) or isinstance(part, int):
+            return size * times if isinstance(times, int) else size // part
+    raise UnsupportedError(f"the size {dim} cannot be read off a shape of {', '.join(map(str, sizes))}")
 
 
 def _fake_mode(exported: torch.export.ExportedProgram) -> Any:

@@ -232,7 +232,7 @@ def _summary(
         name=final.label,
         value=final.output.name,
         inputs=tuple(dict.fromkeys(f"[{' '.join(str(d) for d in t.shape)}]" for t in original.operands)),
-        output=f"[{' '.join(str(d) for d in final.output.shape)}]",
+        output=f"[{' '.join(str(d) for d in original.output.shape)}]",
         cores=tuple(f"{c.name}[{', '.join(i.name for i in c.indices)}]" for c in original.cores),
         bonds=tuple(f"{name}={index.size}" for name, index in bonds.items()),
         parameters=sum(_size(c) for c in original.cores),
@@ -288,7 +288,7 @@ def _headlines(value: str, passes: Sequence[PassReport]) -> tuple[str, ...]:
     merged = [c.what for name, c in changes if name == "merge_cores"]
     lines += merged if len(merged) <= 2 else [f"{len(merged)} merges of adjacent cores"]
     lines += [f"{_brief(c.what)} ({c.why})" if c.why else _brief(c.what) for name, c in changes if name == "order"]
-    lines += [f"{c.what} ({c.why})" for name, c in changes if name == "limit"]
+    lines += [f"{c.what} ({c.why})" for name, c in changes if name in ("layout", "limit")]
     return tuple(lines)
 
 

@@ -36,15 +36,51 @@ class CannotEdit(Exception):
 def substitute_tensor(tensor: Tensor, mapping: Mapping[str, Axis]) -> Tensor:
     """Put a group of indices in the place of each index that `mapping` names."""
     axes = tuple(tuple(new for index in axis for new in mapping.get(index.name, (index,))) for axis in tensor.axes)
-    return tensor if axes == tensor.axes else replace(tensor, axes=axes)
+    if axes == tensor.axes:
+        return tensor
+    return replace(tensor, axes=axes, recipe=_substitute_recipe(tensor, mapping))
+
+
+def _substitute_recipe(tensor: Tensor, mapping: Mapping[str, Axis]) -> Recipe | None:
+    """A core's recipe, whose indices have names of their own, split where the core's own are."""
+    recipe = tensor.recipe
+    if recipe is None or [i.size for i in recipe.kept] != [i.size for i in tensor.indices]:
+        return recipe
+    used = {*recipe.term.indices}
+    splits: dict[str, Axis] = {}
+    for ours, theirs in zip(tensor.indices, recipe.kept, strict=True):
+        parts = mapping.get(ours.name, (ours,))
+        if len(parts) != 1:
+            splits[theirs.name] = _parts(theirs, [p.size for p in parts], used)
+    if not splits:
+        return recipe
+    term = replace(recipe.term, tensors=tuple(substitute_tensor(t, splits) for t in recipe.term.tensors))
+    return Recipe(term, tuple(new for index in recipe.kept for new in splits.get(index.name, (index,))))
+
+
+def _parts(index: Index, sizes: Sequence[dims.Dim], used: set[str]) -> Axis:
+    """New indices that an index is split into; `used` has the names that are taken, theirs from now on too."""
+    parts = []
+    for size in sizes:
+        parts.append(Index(fresh(f"{index.name}_1", used), size))
+        used.add(parts[-1].name)
+    return tuple(parts)
 
 
 def substitute(network: Network, mapping: Mapping[str, Axis]) -> Network:
     """Replace indices everywhere in a network: a rename (one for one) or a split (one for several)."""
     if not mapping:
         return network
-    terms = tuple(replace(t, tensors=tuple(substitute_tensor(x, mapping) for x in t.tensors)) for t in network.terms)
+    terms = tuple(_substitute_term(term, mapping) for term in network.terms)
     return replace(network, terms=terms, output=substitute_tensor(network.output, mapping))
+
+
+def _substitute_term(term: Term, mapping: Mapping[str, Axis]) -> Term:
+    steps = term.steps
+    if steps is not None:
+        names = {old: tuple(i.name for i in new) for old, new in mapping.items()}
+        steps = tuple(replace(s, order=tuple(n for old in s.order for n in names.get(old, (old,)))) for s in steps)
+    return replace(term, tensors=tuple(substitute_tensor(t, mapping) for t in term.tensors), steps=steps)
 
 
 def fresh(name: str, taken: Collection[str]) -> str:
@@ -80,15 +116,6 @@ def refine(a: Axis, b: Axis, taken: Collection[str]) -> tuple[dict[str, Axis], d
     """
     used = {*taken}
 
-    def split(index: Index, sizes: Sequence[dims.Dim]) -> Axis:
-        if len(sizes) == 1:
-            return (index,)
-        parts = []
-        for size in sizes:
-            parts.append(Index(fresh(f"{index.name}_1", used), size))
-            used.add(parts[-1].name)
-        return tuple(parts)
-
     sizes_a: list[list[dims.Dim]] = [[] for _ in a]
     sizes_b: list[list[dims.Dim]] = [[] for _ in b]
     rest_a = [i.size for i in a]
@@ -116,8 +143,8 @@ def refine(a: Axis, b: Axis, taken: Collection[str]) -> tuple[dict[str, Axis], d
         p += rest_a[p] == 1
         q += rest_b[q] == 1
     return (
-        {i.name: split(i, s) for i, s in zip(a, sizes_a, strict=True) if len(s) != 1},
-        {i.name: split(i, s) for i, s in zip(b, sizes_b, strict=True) if len(s) != 1},
+        {i.name: _parts(i, s, used) for i, s in zip(a, sizes_a, strict=True) if len(s) != 1},
+        {i.name: _parts(i, s, used) for i, s in zip(b, sizes_b, strict=True) if len(s) != 1},
     )
 
 
