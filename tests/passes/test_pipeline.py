@@ -17,6 +17,7 @@ from tncompile.passes import (
     Clean,
     Context,
     Fold,
+    Limit,
     MergeCores,
     Order,
     Pass,
@@ -53,6 +54,7 @@ program
         ("order{max_trials=64 keep=2}", (Order(max_trials=64, keep=2),)),
         ("fold{},order", (Fold(), Order())),
         ("merge_cores", (MergeCores(),)),
+        ("clean,order,limit{max_slices=8}", (Clean(), Order(), Limit(max_slices=8))),
     ],
 )
 def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
@@ -70,6 +72,9 @@ def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
         ("fold{max_tensors=1.5}", "fold: max_tensors takes int, not '1.5'"),
         ("order{margin=}", "order: margin takes float, not ''"),
         ("order{max_trials=8", "no pass 'max_trials=8'"),
+        ("order,clean", "after order only limit may come"),
+        ("clean,order,limit,fold", "after order only limit may come"),
+        ("order,order", "after order only limit may come"),
     ],
 )
 def test_what_is_wrong_with_a_text(text: str, message: str) -> None:
