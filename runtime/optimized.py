@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tncompile.errors import LoadError
 from tncompile.runtime.session import Session
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
 
 
 @dataclass(frozen=True)
@@ -53,5 +57,15 @@ def _operators(path: Path) -> dict[str, int]:
     except Exception as error:  # protobuf's own errors have no common base
         raise LoadError(f"{path}: not a readable ONNX file ({error})") from error
     domains = {"": "", "ai.onnx": ""}
-    names = (f"{d}:{n.op_type}" if (d := domains.get(n.domain, n.domain)) else n.op_type for n in model.graph.node)
+    nodes = _nodes(model.graph)
+    names = (f"{d}:{n.op_type}" if (d := domains.get(n.domain, n.domain)) else n.op_type for n in nodes)
     return dict(sorted(Counter(names).items()))
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """All nodes, those of the branches of an If too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)

@@ -31,6 +31,7 @@ from tncompile.frontend.trace import trace
 from tncompile.ir import Network, Opaque, Program, Switch, Tree, verify
 from tncompile.passes import Context, Pipeline
 from tncompile.passes.plans import merge_constants, scheduler
+from tncompile.runtime.optimized import optimized as optimized_operators
 
 DENSE: Tree = (0, (1, 2))
 FIRST: Tree = ((0, 1), 2)
@@ -255,6 +256,17 @@ def test_nothing_constant_is_left_in_the_branches(store: str, tmp_path: Path) ->
         feeds = feeds_for(traced, {"batch": batch})
         expected = reference(traced, feeds, {"batch": batch})["y0"]
         assert_close(session.run(None, feeds)[0], expected, tolerance=2e-6)
+
+
+def test_what_runs_in_the_branches_is_counted(tmp_path: Path) -> None:
+    """As `tncompile inspect --format optimized` shows it."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(emitted(switched(layers((4, 6)), ((2, 7), (FIRST, LAST, DENSE)))).SerializeToString())
+    found = optimized_operators(path)
+    assert found.before["If"] == found.after["If"] == 2
+    assert sum(found.before.get(name, 0) for name in ("MatMul", "Gemm")) == 2 + 2 + 1
+    assert sum(found.before.values()) == len(list(nodes_of(onnx.load(path).graph)))
+    assert sum(found.after.get(name, 0) for name in ("MatMul", "Gemm", "FusedMatMul", "com.microsoft:FusedMatMul")) == 5
 
 
 def test_unfolded_nodes_are_seen() -> None:

@@ -18,6 +18,7 @@ from tncompile.passes import (
     Context,
     Fold,
     Layout,
+    Limit,
     MergeCores,
     Order,
     Pass,
@@ -54,6 +55,7 @@ program
         ("order{max_trials=64 keep=2}", (Order(max_trials=64, keep=2),)),
         ("fold{},order", (Fold(), Order())),
         ("merge_cores", (MergeCores(),)),
+        ("clean,order,limit{max_slices=8}", (Clean(), Order(), Limit(max_slices=8))),
     ],
 )
 def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
@@ -71,6 +73,9 @@ def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
         ("fold{max_tensors=1.5}", "fold: max_tensors takes int, not '1.5'"),
         ("order{margin=}", "order: margin takes float, not ''"),
         ("order{max_trials=8", "no pass 'max_trials=8'"),
+        ("order,clean", "order must be the last pass, but for layout and limit"),
+        ("clean,order,limit,fold", "order must be the last pass, but for layout and limit"),
+        ("order,order", "order must be the last pass, but for layout and limit"),
     ],
 )
 def test_what_is_wrong_with_a_text(text: str, message: str) -> None:

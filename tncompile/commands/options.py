@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from tncompile.ir import Array
 
 PASSES_HELP = "passes to run, in order, with options in braces: clean,fold,merge_cores,order{max_trials=64},layout"
-    "passes to run, in order, with options in braces: clean,fold,clean,merge_cores,order{max_trials=64},layout"
-)
 
 PROFILE_HELP = "device profile to plan with (default: as `tncompile tune --device` stored it, else the shipped one)"
 
