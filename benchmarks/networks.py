@@ -92,10 +92,15 @@ def grid(cores: int) -> _Builder:
 def tree(cores: int) -> _Builder:
     """A binary tree, with modes at its leaves."""
     builder = _Builder()
-    for k in range(cores):
+
+    def grow(k: int) -> None:
         children = [c for c in (2 * k + 1, 2 * k + 2) if c < cores]
+        for child in children:
+            grow(child)
         bonds = [(f"b{c}", BOND) for c in ([k] if k else []) + children]
         builder.core(bonds, None if children else MODE)
+
+    grow(0)
     return builder
 
 
