@@ -44,15 +44,19 @@ class _Builder:
             data = generator.standard_normal(shape).astype(np.float32) / np.float32(math.sqrt(math.prod(shape) or 1))
             return Tensor(name, tuple((Index(i, self.sizes[i]),) for i in indices), data)
 
-        tensors = [core(f"core_{k}", names) for k, names in enumerate(self.cores)]
+        modes = [(k, Index(i, self.sizes[i])) for k, i in self.open]
+        flowing: dict[int, Tensor] = {}
         if operands is None:
-            flowing = [Tensor(f"x{k}", ((batch,), (Index(i, self.sizes[i]),))) for k, i in self.open]
+            flowing = {k: Tensor(f"x{k}", ((batch,), (index,))) for k, index in modes}
         else:
-            modes = tuple(Index(i, self.sizes[i]) for _, i in self.open[:operands])
-            flowing = [Tensor("x", ((batch,), modes))]
-            tensors += [core(f"vector_{k}", [i]) for k, i in self.open[operands:]]
-        network = Network("", (Term((*flowing, *tensors)),), Tensor("y", ((batch,),)), "float32")
-        inputs = tuple(Value(t.name, "float32", t.shape) for t in flowing)
+            first = Tensor("x", ((batch,), tuple(index for _, index in modes[:operands])))
+            flowing = {modes[operands - 1][0]: first}
+            flowing |= {k: core(f"vector_{k}", [index.name]) for k, index in modes[operands:]}
+        tensors = []  # each core with what meets it, so that the order as traced is one that can be run
+        for k, names in enumerate(self.cores):
+            tensors += [core(f"core_{k}", names), *([flowing[k]] if k in flowing else [])]
+        network = Network("", (Term(tuple(tensors)),), Tensor("y", ((batch,),)), "float32")
+        inputs = tuple(Value(t.name, "float32", t.shape) for t in network.operands)
         return Program(inputs, (network,), (("y", "y"),))
 
 
@@ -88,10 +92,15 @@ def grid(cores: int) -> _Builder:
 def tree(cores: int) -> _Builder:
     """A binary tree, with modes at its leaves."""
     builder = _Builder()
-    for k in range(cores):
+
+    def grow(k: int) -> None:
         children = [c for c in (2 * k + 1, 2 * k + 2) if c < cores]
+        for child in children:
+            grow(child)
         bonds = [(f"b{c}", BOND) for c in ([k] if k else []) + children]
         builder.core(bonds, None if children else MODE)
+
+    grow(0)
     return builder
 
 

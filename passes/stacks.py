@@ -93,21 +93,25 @@ def _selection(node: Opaque, part: Part) -> Node:
 
 def _stacked(node: Opaque, parts: dict[str, Part]) -> list[Part] | None:
     """The parts of a stack, where they are even steps along one axis of one value."""
-    if node.target != STACK or not isinstance(node.args[0], tuple) or len(node.args[0]) < 2:
+    if node.target != STACK or not isinstance(node.args[0], tuple) or not node.args[0]:
         return None
     found = [parts.get(a.name) if isinstance(a, Ref) else None for a in node.args[0]]
     known = [p for p in found if p is not None]
     if len(known) < len(found) or len({(p.value.name, p.axis) for p in known}) > 1:
         return None
-    step = known[1].position - known[0].position
+    step = _step(known)
     even = all(p.position == known[0].position + k * step for k, p in enumerate(known))
     return known if even and step > 0 else None
+
+
+def _step(parts: Sequence[Part]) -> int:
+    return parts[1].position - parts[0].position if len(parts) > 1 else 1
 
 
 def _slice(node: Opaque, stacked: Sequence[Part]) -> list[Node]:
     """The nodes that read a stack as a slice."""
     first, last = stacked[0], stacked[-1]
-    value, axis, step = first.value, first.axis, stacked[1].position - first.position
+    value, axis, step = first.value, first.axis, _step(stacked)
     shape = value.shape or ()
     to: Arg = node.args[1] if len(node.args) > 1 else dict(node.kwargs).get("dim", 0)
     assert isinstance(to, int)

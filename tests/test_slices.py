@@ -20,7 +20,7 @@ from tncompile.cost.memory import network_peak
 from tncompile.emit.program import to_onnx
 from tncompile.errors import TNCompileError, VerificationError
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Network, Program, Slice, verify
+from tncompile.ir import Network, Program, Slice, Switch, verify
 from tncompile.ir import text as ir_text
 from tncompile.passes import Context, Limit, Order, Pipeline
 from tncompile.passes.limit import _sliceable
@@ -104,6 +104,8 @@ def test_random_networks(seed: int, data: st.DataObject) -> None:
     program, _ = Pipeline((Order(),)).run(single(seed), context)
     nodes = []
     for node in program.nodes:
+        if isinstance(node, Switch):
+            node = node.cases[-1]
         assert isinstance(node, Network)
         terms = []
         for term in node.terms:

@@ -131,3 +131,25 @@ program
     after, changes = apply_pass(MergeCores(), program_of(text, A=300, B=300), tolerance=0)
     assert len(after.networks[0].cores) == 2
     assert "does not fit" in reasons(changes, declined=True)[0]
+
+
+def test_sites_with_operands_of_their_own_stay_apart() -> None:
+    """The product of two sites is no larger, but each operand would meet the other's mode as well."""
+    text = """
+program
+  input x: float32[batch, 2]
+  input z: float32[batch, 2]
+  network y: float32[batch, 4]
+    indices b=batch, o=4, i=2, j=2, r=4, s=4
+    term
+      0 operand x[b, i]
+      1 operand z[b, j]
+      2 core A[i, s, r]
+      3 core B[j, r, o]
+      4 core C[s, s]
+    -> y[b, o]
+  output y = y
+"""
+    after, changes = apply_pass(MergeCores(), program_of(text), tolerance=1e-6)
+    assert [c.name for c in after.networks[0].cores] == ["A*C", "B"]
+    assert any("an operand of its own" in c.why for c in changes if c.declined)

@@ -33,10 +33,13 @@ def trace(
     )
     automatic = isinstance(dynamic_shapes, str) and dynamic_shapes == "batch"
     if automatic:
-        args, kwargs = _doubled((args, kwargs))
+        given = (args, kwargs)
+        args, kwargs = _doubled(given)
         dynamic_shapes = _first_modes(_bound(module, args, kwargs or {}))
     with whole_einsums():
         exported = _export(module, args, kwargs, dynamic_shapes)
+        if automatic and args is not given[0] and _has_batch(args) and not exported.range_constraints:
+            exported = _export(module, *given, None)  # fixed: to the example's own size, not to twice that
     if automatic and _has_batch(args) and not exported.range_constraints:
         warnings.warn(
             f"{type(module).__name__} fixes the batch to the example's: it cannot be traced otherwise", stacklevel=3
