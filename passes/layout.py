@@ -42,7 +42,8 @@ class Layout(Pass):
     ```
 
     1. Networks compute the value; operations on each element alone (`tncompile.passes.pointwise`), and in the end
-       networks, are all that reads it or what they make of it. It is no output of the model.
+       networks, are all that reads it or what they make of it. It is no output of the model. Values that networks
+       alone read stay: attention is made of such, and must be told by them when the model is emitted.
     2. The modes of all these networks nest. A batch may move behind others; of two run-time sizes in front none does.
     3. With the networks around it ordered and scheduled anew, their cores as they are, the predicted time rises at no
        batch size and falls by `margin` on average; else nothing is changed.
@@ -60,7 +61,7 @@ class Layout(Pass):
         work = _Work(context)
         for _ in range(self.sweeps):
             before = program
-            for region in regions(program):
+            for region in (r for r in regions(program) if r.elementwise):
                 program = self._region(program, region, work, changes)
             if program is before:
                 break

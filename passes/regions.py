@@ -22,10 +22,12 @@ Order = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Region:
-    """Values of one shape whose modes lie in one order, in the order of the program."""
+    """Values of one shape whose modes lie in one order; the first of them in the program, and whether there are
+    operations on each element alone among what makes them."""
 
     values: frozenset[str]
     first: str
+    elementwise: bool
 
     def touches(self, node: Node) -> bool:
         """Whether a network or a switch writes or reads any of the values."""
@@ -67,7 +69,8 @@ def regions(program: Program) -> list[Region]:
                 wider.union(one[node.value.name], one[name])
     members = {group[0]: group for group in free}
     several = [[n for first in group for n in members[first]] for group in wider.groups() if len(group) > 1]
-    return [Region(frozenset(group), group[0]) for group in (*free, *several)]
+    opaque = {node.output.name for node in program.nodes if isinstance(node, Opaque)}
+    return [Region(frozenset(group), group[0], not opaque.isdisjoint(group)) for group in (*free, *several)]
 
 
 def _as_they_are(node: Node) -> set[str]:

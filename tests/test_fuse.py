@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +230,37 @@ def test_inspect_optimized_wants_an_onnx_file(tmp_path: Path, capsys: pytest.Cap
     path.write_bytes(b"nothing")
     assert main(["inspect", str(path), "--format", "optimized"]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ reshapes
+
+
+class Reshaped(torch.nn.Module):
+    """Products over the last of three axes, and operations on each element of what is flattened between."""
+
+    def __init__(self, columns: int, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.randn(8, k) / 3) for k in (8, columns))
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.between((x @ self.first).flatten(1))
+        return y.unflatten(-1, (-1, self.second.shape[0])) @ self.second
+
+
+@pytest.mark.parametrize(
+    ("between", "count"),
+    [
+        (torch.relu, 2),
+        (lambda y: torch.nn.functional.gelu(torch.clamp(y, max=0.5)), 2),
+        (lambda y: torch.cumsum(y, 1), 3),
+    ],
+)
+def test_two_reshapes_around_elementwise_operations_become_one(
+    tmp_path: Path, between: Callable[[torch.Tensor], torch.Tensor], count: int
+) -> None:
+    torch.manual_seed(0)
+    module = Reshaped(4, between)
+    compiled, seen = compile_and_optimize(module, (torch.randn(3, 5, 8),), tmp_path)
+    assert seen.before.get("Reshape", 0) == count
+    assert error(compiled, module, (torch.randn(4, 5, 8),)) < RELATIVE

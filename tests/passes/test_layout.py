@@ -268,8 +268,8 @@ program
         2 = matmul(0, 1) -> [b, o1, o2]
     -> h[b, (o1 o2)]
   opaque r: float32[batch, 24] = aten.relu.default(%h)
-  network z: float32[8, batch, 3]
-    indices b=batch, i1=8, i2=3
+  network z: float32[3, batch, 8]
+    indices b=batch, i1=3, i2=8
     term
       0 operand r[b, (i1 i2)]
       steps
@@ -307,7 +307,7 @@ def test_what_is_not_for_each_element_alone() -> None:
 # ------------------------------------------------------------------------------------ any order at all
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_a_traced_model(seed: int) -> None:
     """Whatever the cost model says: another order, at random, of every region, through torch's exporter."""
     torch.manual_seed(seed)
