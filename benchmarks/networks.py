@@ -49,6 +49,7 @@ class _Builder:
         if operands is None:
             flowing = {k: Tensor(f"x{k}", ((batch,), (index,))) for k, index in modes}
         else:
+            operands = min(operands, len(modes))
             first = Tensor("x", ((batch,), tuple(index for _, index in modes[:operands])))
             flowing = {modes[operands - 1][0]: first}
             flowing |= {k: core(f"vector_{k}", [index.name]) for k, index in modes[operands:]}

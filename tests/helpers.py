@@ -6,6 +6,7 @@ import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,9 +16,10 @@ import torch
 
 from tncompile.emit.program import to_onnx
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Array, Index, Network, Opaque, Program, Switch, dims, verify
+from tncompile.ir import Array, Index, Network, Opaque, Program, Ref, Switch, dims, verify
 from tncompile.ir import evaluate as evaluate_network
 from tncompile.ir import text as ir_text
+from tncompile.ir.core import Arg
 from tncompile.passes import DEFAULT, Change, Context, Layout, Order, Pass, PassReport, Pipeline
 
 SYMBOLS: Mapping[str, int] = {"batch": 3, "seq": 5}
@@ -88,8 +90,13 @@ def each_case(program: Program) -> list[Program]:
 def _run_opaque(node: Opaque, values: Mapping[str, Array]) -> Array:
     namespace, packet, overload = node.target.split(".")
     operation = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    args = [torch.from_numpy(np.float64(values[a.name])) if hasattr(a, "name") else a for a in node.args]
-    return np.asarray(operation(*args, **dict(node.kwargs)))
+
+    def value(arg: Arg) -> Any:
+        if isinstance(arg, tuple):
+            return [value(item) for item in arg]
+        return torch.from_numpy(np.float64(values[arg.name])) if isinstance(arg, Ref) else arg
+
+    return np.asarray(operation(*map(value, node.args), **dict(node.kwargs)))
 
 
 # ------------------------------------------------------------------------------------ passes

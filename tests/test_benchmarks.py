@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, report, worker
+from benchmarks import cases, planning, report, worker
 from benchmarks.models import CASES, Case, Loaded
+from benchmarks.networks import SHAPES
 from tncompile.errors import TNCompileError
 
 
@@ -155,3 +156,11 @@ def test_what_is_stored_is_not_measured_again(
     with pytest.raises(SystemExit) as stop:
         cases.main(["--only", "nonsense"])
     assert stop.value.code == 2
+
+
+def test_planning_time_has_its_exponent_and_every_shape_a_plan(tmp_path: Path) -> None:
+    assert planning.exponent([10, 20, 40], [9.0, 1.0, 4.0]) == pytest.approx(2.0)
+    assert planning.main(["--cores", "4", "--batch", "2", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "planning.json").read_text())
+    assert len(results) == 2 * len(SHAPES)
+    assert all(row["planned"][0] > 0 and row["flops_order"][0] > 0 for rows in results.values() for row in rows)

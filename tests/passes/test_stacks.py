@@ -11,7 +11,7 @@ from torch import nn
 import tncompile
 from tncompile.ir import Opaque
 from tncompile.passes import Context, Pipeline
-from tncompile.passes.stacks import SLICE, STACK
+from tncompile.passes.stacks import SLICE, STACK, Stacks
 
 
 class Pairs(nn.Module):
@@ -76,6 +76,6 @@ def test_every_axis_of_an_unbind(axis: int) -> None:
 def test_a_program_without_stacks_is_as_it_was() -> None:
     x = torch.randn(3, 4)
     program = compiled(nn.Linear(4, 2), x).traced.program
-    after, reports = Pipeline((tncompile.passes.PASSES["stacks"](),), scheduled=False).run(program, Context())
+    after, reports = Pipeline((Stacks(),), scheduled=False).run(program, Context())
     assert after == program
     assert not reports[0].changes
