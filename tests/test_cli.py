@@ -75,7 +75,7 @@ def test_compile_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     network = report["networks"][0]
     assert network["parameters"] == 60 + 108 and network["dense_parameters"] == 24 * 30
     assert {*network["costs"]} == {"1", "8"} and {*network["costs"]["8"]} == {"naive", "dense", "chosen"}
-    assert {p["name"] for p in report["passes"]} == {"clean", "fold", "merge_cores", "order"}
+    assert {p["name"] for p in report["passes"]} == {"clean", "fold", "merge_cores", "order", "layout"}
 
 
 def test_the_compiled_file_computes_the_model(model: Path, compiled: Path) -> None:
