@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -84,6 +85,7 @@ class _Pairs:
         self.operands = [{i.name for i in t.indices} for t in term.operands]
         self.modes = {name for names in self.operands for name in names}
         self.verdicts: dict[tuple[int, int], int | str] = {}
+        self._ranked: list[tuple[int, tuple[int, int]]] = []
         cores = [p for p, t in self.tensors.items() if t.is_core]
         for pair in combinations(cores, 2):
             self._weigh(pair)
@@ -94,13 +96,19 @@ class _Pairs:
 
     def best(self) -> tuple[int, tuple[int, int]] | None:
         """The pair that saves most, of equal ones the first; None where no merge pays."""
-        found = [(v, pair) for pair, v in self.verdicts.items() if isinstance(v, int)]
-        return max(found, key=lambda item: (item[0], [-p for p in item[1]]), default=None)
+        while self._ranked:
+            loss, pair = self._ranked[0]
+            if self.verdicts.get(pair) == -loss:
+                return -loss, pair
+            heapq.heappop(self._ranked)  # merged since, or weighed again
+        return None
 
     def replace(self, a: int, b: int, core: Tensor) -> None:
         """Put the merged core in the place of the first of its two."""
         shared = self.names[a] & self.names[b]
-        self.verdicts = {pair: v for pair, v in self.verdicts.items() if not {a, b} & {*pair}}
+        for p in self.tensors:
+            for merged in (a, b):
+                self.verdicts.pop((min(p, merged), max(p, merged)), None)
         for name in self.names[b]:
             self.holders[name].discard(b)
         self.tensors[a], self.names[a] = core, {i.name for i in core.indices}
@@ -132,7 +140,11 @@ class _Pairs:
             return
         size = self._elements(kept)
         both = sum(math.prod(int(i.size) for i in self.tensors[p].indices) for p in pair)
-        self.verdicts[pair] = both - size if size <= both else f"{size} elements instead of {both}; left to order"
+        if size > both:
+            self.verdicts[pair] = f"{size} elements instead of {both}; left to order"
+            return
+        self.verdicts[pair] = both - size
+        heapq.heappush(self._ranked, (size - both, pair))
 
     def _elements(self, names: set[str]) -> int:
         return math.prod(int(self.sizes[name]) for name in names)

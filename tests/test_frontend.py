@@ -385,6 +385,12 @@ def test_a_batch_that_a_model_fixes_is_told() -> None:
     assert [v.shape for v in traced.program.inputs] == [(4, 6)]
 
 
+def test_a_fixed_batch_of_one_is_one() -> None:
+    with pytest.warns(UserWarning, match="fixes the batch"):
+        traced = import_module(Function(lambda x: torch.cat([row[None] for row in x])), X[:1])
+    assert [v.shape for v in traced.program.inputs] == [(1, 6)]
+
+
 def test_a_derived_size_is_an_expression_of_the_batch() -> None:
     module = Function(lambda x: torch.relu(x.reshape(-1, 3)))
     traced = import_module(module, X)
