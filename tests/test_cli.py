@@ -75,7 +75,7 @@ def test_compile_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     network = report["networks"][0]
     assert network["parameters"] == 60 + 108 and network["dense_parameters"] == 24 * 30
     assert {*network["costs"]} == {"1", "8"} and {*network["costs"]["8"]} == {"naive", "dense", "chosen"}
-    assert {p["name"] for p in report["passes"]} == {"clean", "fold", "merge_cores", "order", "layout"}
+    assert {p["name"] for p in report["passes"]} == {"clean", "stacks", "fold", "merge_cores", "order", "layout"}
 
 
 def test_the_compiled_file_computes_the_model(model: Path, compiled: Path) -> None:
@@ -165,7 +165,7 @@ def test_passes_are_chosen_by_name(model: Path, tmp_path: Path, capsys: pytest.C
     unfolded = ir_text.parse(capsys.readouterr().out)
     assert len(unfolded.networks) > 2
     assert main([str(model), "-o", str(out), "--passes", "clean,nonsense"]) == 1
-    assert "no pass 'nonsense'; the passes are clean, fold, merge_cores, dense, order" in capsys.readouterr().err
+    assert "no pass 'nonsense'; the passes are clean, stacks, fold, merge_cores, dense, order" in capsys.readouterr().err
     assert main([str(model), "-o", str(out), "--passes", "order{trials=4}"]) == 1
     assert "order has no option 'trials'" in capsys.readouterr().err
 

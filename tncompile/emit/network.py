@@ -373,7 +373,9 @@ class _Lowering:
             sizes = zip(self.output, array.shape, strict=True)
             axes: Groups = tuple((n,) if n in result.order or size != 1 else () for n, size in sizes)
         else:
-            if {*result.order} == {*self.output}:  # last of all: an Add next to a Gelu is fused with it
+            along = {n for b in biases for n in b.indices}
+            if {*result.order} == {*self.output} and along <= {*self.out_axes[-1]}:
+                # last of all: an Add along the last axis next to a Gelu is fused with it
                 result = self.write.arrange(result, self.out_axes)
             array = sum((self._term_array(b, result.order) for b in biases), np.zeros(()))
             varying = {n for n, size in zip(result.order, array.shape, strict=True) if size != 1}
