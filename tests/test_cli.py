@@ -165,7 +165,8 @@ def test_passes_are_chosen_by_name(model: Path, tmp_path: Path, capsys: pytest.C
     unfolded = ir_text.parse(capsys.readouterr().out)
     assert len(unfolded.networks) > 2
     assert main([str(model), "-o", str(out), "--passes", "clean,nonsense"]) == 1
-    assert "no pass 'nonsense'; the passes are clean, stacks, fold, merge_cores, dense, order" in capsys.readouterr().err
+    known = "the passes are clean, stacks, fold, merge_cores, dense, order, layout, limit"
+    assert f"no pass 'nonsense'; {known}" in capsys.readouterr().err
     assert main([str(model), "-o", str(out), "--passes", "order{trials=4}"]) == 1
     assert "order has no option 'trials'" in capsys.readouterr().err
 

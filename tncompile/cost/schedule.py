@@ -255,17 +255,19 @@ class Scheduler:
         outer = self.size(base[: base.index(c.batch[0])]) if c.batch else 1
         m = self.size(c.left) // outer
         batch, k, n = outer * self.size(c.batch), self.size(c.summed), self.size(c.right)
-        turned = self._turned(x, (*base, *c.summed), c.summed)
+        end = max((base.index(i) + 1 for i in c.batch), default=0)
+        turned = self._turned(x, (*base, *c.summed), c.summed, end)
         if turned:  # ONNX Runtime fuses the transpose, and then runs a product for each of the modes before it
-            seconds = self.profile.node + self.profile.matmul_time(
-                turned * self.size(c.batch), max(1, m * outer // turned), k, n, self.itemsize, core and turned == 1
-            )
+            rows = self.size(base) // turned
+            seconds = self.profile.node
+            seconds += self.profile.matmul_time(turned, rows, k, n, self.itemsize, core and turned == 1)
         else:
             seconds = self._permute(x, (*base, *c.summed))
             seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
         if not core:
             wanted = (*c.batch, *c.summed, *c.right)
-            seconds += self.profile.node if self._turned(y, wanted, c.right) else self._permute(y, wanted)
+            turned = self._turned(y, wanted, c.right, len(c.batch))
+            seconds += self.profile.node if turned else self._permute(y, wanted)
         for free in _orders(c.right) if core else [c.right]:
             yield seconds, "matmul", (*base, *free)
 
@@ -304,12 +306,12 @@ class Scheduler:
             seconds += self.profile.reduce_time(self.size(full) // (summed * inner), summed, inner, self.itemsize)
         return seconds, "multiply", (*(i for i in x if i not in c.summed), *c.right)
 
-    def _turned(self, layout: Layout, wanted: Layout, inner: Layout) -> int:
+    def _turned(self, layout: Layout, wanted: Layout, inner: Layout, first: int = 0) -> int:
         """Where only the `inner` modes, last in `wanted`, change places with those just before them: the size of the
-        modes that stay in front, else 0."""
+        modes that stay in front, at least the `first` few; else 0."""
         outer = wanted[: len(wanted) - len(inner)]
         if inner and layout != wanted:
-            for cut in range(len(outer)):
+            for cut in range(first, len(outer)):
                 if layout == (*outer[:cut], *inner, *outer[cut:]):
                     return self.size(outer[:cut])
         return 0
