@@ -13,10 +13,10 @@ import tncompile
 from tests.helpers import assert_close, assert_exact, feeds_for, operators, program_of, reference, session_of
 from tests.test_property import RUNS, several
 from tncompile.compiler import to_bytes
+from tncompile.cost.datasheet import from_datasheet
 from tncompile.emit.program import to_onnx
 from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.trace import trace
-from tncompile.cost.datasheet import from_datasheet
 from tncompile.ir import Network, Opaque, Program, Switch, Value, dims, verify
 from tncompile.ir import text as ir_text
 from tncompile.ir.edit import CannotEdit
