@@ -32,19 +32,20 @@ def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: floa
     """The plans with the least worst ratio to the best candidate of each batch size.
 
     More plans than one cost `branch` seconds a call (inf: are not possible). A candidate must be faster than the
-    dense layer by `margin` at every batch size that it serves, as its time is a prediction.
+    dense layer by `margin` at every batch size that it serves, and another plan better than one by as much, as their
+    times are predictions.
     """
     dense = best_of(candidates, DENSE)
 
-    def allowed(candidate: Candidate, k: int) -> bool:
+    def allowed(candidate: Candidate, k: int, extra: float = 0.0) -> bool:
         if dense is None or candidate.label == DENSE:
             return True
-        return candidate.times[k] * (1 + margin) <= dense.times[k]
+        return (candidate.times[k] + extra) * (1 + margin) <= dense.times[k]
 
     fastest = [min(c.times[k] for c in candidates if allowed(c, k)) for k in range(len(batches))]
 
     def best_for(part: range, extra: float) -> tuple[float, Candidate]:
-        fits = [c for c in candidates if all(allowed(c, k) for k in part)]
+        fits = [c for c in candidates if all(allowed(c, k, extra) for k in part)]
         return min(
             ((max((c.times[k] + extra) / max(fastest[k], 1e-12) for k in part), c) for c in fits),
             key=lambda found: (found[0], sum(found[1].times)),
@@ -53,7 +54,7 @@ def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: floa
     def worth(parts: Sequence[range]) -> tuple[float, list[Candidate]]:
         extra = branch if len(parts) > 1 else 0.0
         found = [best_for(part, extra) for part in parts]
-        return max(ratio for ratio, _ in found) + PLAN_PENALTY * (len(parts) - 1), [c for _, c in found]
+        return max(ratio for ratio, _ in found) + max(PLAN_PENALTY, margin) * (len(parts) - 1), [c for _, c in found]
 
     options = list(_partitions(len(batches))) if math.isfinite(branch) else [[range(len(batches))]]
     parts, (_, plans) = min(((p, worth(p)) for p in options), key=lambda option: option[1][0])

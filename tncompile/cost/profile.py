@@ -12,7 +12,7 @@ from tncompile.cost.table import Table
 from tncompile.errors import LoadError
 
 VERSION = 1
-_BRANCH = 5e-6
+_BRANCH = 7e-6
 _CACHED = 1 << 16
 
 
