@@ -34,7 +34,7 @@ from tncompile.runtime.session import Session
 from tncompile.runtime.timing import race
 from tncompile.runtime.tuner import Tuner
 
-FOLLOWED = 6.0
+FOLLOWED = 3.0
 """Ways predicted to take over this many times the best prediction are not timed, but for a sample of them."""
 
 SAMPLE = 24
@@ -140,7 +140,7 @@ def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts
     sessions = {str(k): Session(_model(chosen[k].network)) for k in finalists}
     sessions |= {name: Session(_model(plan)) for name, plan in plans.items()}
     calls = {name: (lambda s=session: s.run(feeds)) for name, session in sessions.items()}
-    raced = race(calls, rounds=30, budget_s=1.5)
+    raced = race(calls, rounds=30, budget_s=1.0)
     times = {name: raced.median(name) * 1e3 for name in calls}
     return Result(
         layer.name,
@@ -202,8 +202,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="layers whose name has this in it")
     parser.add_argument("--batch", default="1,32,256", help="batch sizes (default 1,32,256)")
-    parser.add_argument("--tune", type=float, default=2.0, metavar="SECONDS", help="for each plan; 0: no tuner")
-    parser.add_argument("--layouts", type=int, default=4, help="layouts of each tree (default 4)")
+    parser.add_argument("--tune", type=float, default=1.0, metavar="SECONDS", help="for each plan; 0: no tuner")
+    parser.add_argument("--layouts", type=int, default=3, help="layouts of each tree (default 3)")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args()
     profile = choose().profile
