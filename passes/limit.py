@@ -61,8 +61,9 @@ class Limit(Pass):
         """A network under the limit; of a switch, each case at the batch sizes it serves."""
         if isinstance(node, Network):
             return self._network(node, context, limit, changes)
-        served = {case: replace(context, batches=batches) for case, batches in _served(node, context)}
-        return replace(node, cases=tuple(self._network(c, served[c], limit, changes) for c in node.cases))
+        served = zip(node.cases, _served(node, context), strict=True)
+        cases = (self._network(case, replace(context, batches=sizes), limit, changes) for case, sizes in served)
+        return replace(node, cases=tuple(cases))
 
     def _network(self, network: Network, context: Context, limit: int, changes: list[Change]) -> Network:
         before = peaks(network, context)
@@ -157,10 +158,12 @@ def _rooms(network: Network, term: Term, context: Context, limit: int) -> list[i
     return rooms
 
 
-def _served(switch: Switch, context: Context) -> Iterator[tuple[Network, tuple[int, ...]]]:
-    """Each case with the batch sizes, of those planned for, that it serves."""
-    for case in switch.cases:
-        yield case, tuple(b for b in context.batches if switch.case(b) is case)
+def _served(switch: Switch, context: Context) -> Iterator[tuple[int, ...]]:
+    """The batch sizes planned for that each case serves; of one that serves none of them, its largest."""
+    edges = (0, *switch.limits, math.inf)
+    for low, high in itertools.pairwise(edges):
+        inside = tuple(b for b in context.batches if low < b <= high)
+        yield inside or (int(high) if high < math.inf else int(low) + 1,)
 
 
 def peaks(node: Network | Switch, context: Context) -> tuple[int, ...]:

@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tncompile.ir import Network, Program, Switch, Term, dims
+from tncompile.ir import Network, Opaque, Program, Switch, Term, dims, networks_of
 from tncompile.ir.edit import unique_cores
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.choice import Choice, choose
 from tncompile.passes.explain import explain
 from tncompile.passes.fold import merge_like_terms
-from tncompile.passes.plans import Candidate, Limits, candidates, key_of, merge_constants, scheduler
+from tncompile.passes.plans import DENSE, Candidate, Limits, candidates, key_of, merge_constants, scheduler
 
 Known = dict[object, tuple[tuple[str, ...], list[Candidate]]]
 """By what decides a search: the names of the first such term's indices, and its candidates."""
+
+HOPELESS = 8.0
+"""Candidates predicted to take this many times as long as the best at some batch size are not timed."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Order(Pass):
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
+        context = replace(context, attended=_attended(program))
         if context.timer is not None:
             jobs = {key_of(n, t, context) for n in program.networks for t in n.terms if _has_choice(t)}
             context.timer.start(len(jobs) * len(context.batches))
@@ -130,6 +134,19 @@ def _alike(a: Network, b: Network) -> bool:
     return form(a) == form(b)
 
 
+def _attended(program: Program) -> frozenset[str]:
+    """Values that meet another run-time value in a network or in torch's attention: ONNX Runtime must tell queries,
+    keys and values by the order of their modes."""
+    found: set[str] = set()
+    for node in program.nodes:
+        if isinstance(node, Opaque):
+            found |= {*node.inputs} if "scaled_dot_product_attention" in node.target else set()
+        else:
+            terms = (term for network in networks_of(node) for term in network.terms)
+            found |= {t.name for term in terms if len(term.operands) > 1 for t in term.operands}
+    return frozenset(found)
+
+
 def _has_choice(term: Term) -> bool:
     return not term.is_constant and len(term.tensors) > 1
 
@@ -144,16 +161,21 @@ def _timed(network: Network, term: Term, ways: Sequence[Candidate], context: Con
     few = {way: None for way in ways if way.label}
     for k in range(len(context.batches)):
         few |= dict.fromkeys(sorted(ways, key=lambda way: way.seconds[k])[:keep])
+    # the order as traced may take seconds and gigabytes: what is hopeless keeps its prediction
+    best = [min(way.seconds[k] for way in few) for k in range(len(context.batches))]
+    hopeless = {way for way in few if any(s > HOPELESS * b for s, b in zip(way.seconds, best, strict=True))}
+    racing = [way for way in few if way not in hopeless or way.label == DENSE]
     networks = [
         replace(
             network,
             terms=(replace(merge_constants(network, term, way.tree, shapes_only=True), steps=way.steps),),
         )
-        for way in few
+        for way in racing
     ]
     shown = network.output.name in context.outputs
     taken = [context.timer.times(networks, context.symbols(batch), shown) for batch in context.batches]
-    return [replace(way, measured=measured) for way, measured in zip(few, zip(*taken, strict=True), strict=True)]
+    times = dict(zip(racing, zip(*taken, strict=True), strict=True))
+    return [replace(way, measured=times.get(way, way.seconds)) for way in few]
 
 
 def _scheduled(network: Network, term: Term, context: Context) -> Term:

@@ -118,7 +118,8 @@ def scheduler(
     shown = [tuple(i.name for i in axis) for axis in network.output.axes]
     if network.output.name not in context.outputs:
         shown = []
-    return kind(term, network.output.indices, sizes, context.profile, itemsize, shown)
+    attended = network.output.name in context.attended
+    return kind(term, network.output.indices, sizes, context.profile, itemsize, shown, attended)
 
 
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
@@ -139,6 +140,8 @@ def cost_of(network: Network, term: Term, tree: Tree | None, context: Context, b
     """Predicted cost of one order of a term; without a tree, of its own steps."""
     if tree is not None:
         return scheduler(network, term, context, batch).schedule(tree)
+    if not term.slices:
+        return scheduler(network, term, context, batch).price(term.steps or ())
     itemsize = np.dtype(network.dtype).itemsize
     return price(term, network.output.indices, context.index_sizes(network, batch), context.profile, itemsize)
 
@@ -183,7 +186,8 @@ def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]
     number = {name: k for k, name in enumerate(term.indices)}
     tensors = tuple((t.is_core, tuple((number[i.name], i.size) for i in t.indices)) for t in term.tensors)
     output = tuple(tuple((number.get(i.name), i.size) for i in axis) for axis in network.output.axes)
-    return tensors, output, term.order, network.dtype, network.output.name in context.outputs
+    name = network.output.name
+    return tensors, output, term.order, network.dtype, name in context.outputs, name in context.attended
 
 
 def label_of(term: Term, tree: Tree) -> str:

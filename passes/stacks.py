@@ -9,6 +9,7 @@ from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Ter
 from tncompile.ir.core import Arg
 from tncompile.passes.base import Change, Context, Pass
 
+NETWORK_DTYPES = ("float32", "float64", "float16")
 SELECT, SLICE, STACK = "aten.select.int", "aten.slice.Tensor", "aten.stack.default"
 UNBIND, GETITEM = "aten.unbind.int", "operator.getitem"
 
@@ -86,7 +87,7 @@ def _part(node: Opaque, program: Program, tuples: dict[str, Opaque]) -> Part | N
 
 def _selection(node: Opaque, part: Part) -> Node:
     shape = part.value.shape or ()
-    if shape[part.axis] == 1:
+    if shape[part.axis] == 1 and part.value.dtype in NETWORK_DTYPES:
         return _view(node, part.value, [a for a in range(len(shape)) if a != part.axis])
     return replace(node, target=SELECT, args=(Ref(part.value.name), part.axis, part.position), kwargs=())
 
@@ -99,9 +100,18 @@ def _stacked(node: Opaque, parts: dict[str, Part]) -> list[Part] | None:
     known = [p for p in found if p is not None]
     if len(known) < len(found) or len({(p.value.name, p.axis) for p in known}) > 1:
         return None
+    whole = len(known) == (known[0].value.shape or ())[known[0].axis]
+    if known[0].value.dtype not in NETWORK_DTYPES and (whole or _turned(node, known[0])):
+        return None  # it would be a network, and networks are of floats
     step = _step(known)
     even = all(p.position == known[0].position + k * step for k, p in enumerate(known))
     return known if even and step > 0 else None
+
+
+def _turned(node: Opaque, part: Part) -> bool:
+    """Whether a stack puts its parts along another axis than they were selected from."""
+    to: Arg = node.args[1] if len(node.args) > 1 else dict(node.kwargs).get("dim", 0)
+    return not isinstance(to, int) or to % len(part.value.shape or (1,)) != part.axis
 
 
 def _step(parts: Sequence[Part]) -> int:

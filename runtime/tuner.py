@@ -69,7 +69,8 @@ class Tuner:
         self.jobs = max(self.jobs - 1, 1)
         self.timed += len(keys)
         if self._store:
-            self._store.put(dict(zip(keys, found, strict=True)))
+            # what failed may do better another time
+            self._store.put({k: t for k, t in zip(keys, found, strict=True) if math.isfinite(t)})
         return found
 
     def _race(self, networks: Sequence[Network], symbols: Mapping[str, int], shown: bool, budget: float) -> list[float]:

@@ -21,9 +21,10 @@ from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.load import load_exported
 from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
-from tncompile.ir import Array, Opaque, Program
+from tncompile.ir import Array, Opaque, Program, Switch
 from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
 from tncompile.runtime.check import CheckReport, check
+from tncompile.runtime.device import DEVICES
 from tncompile.runtime.files import write_file
 from tncompile.runtime.session import Session
 from tncompile.runtime.settle import Settled, settle
@@ -153,6 +154,8 @@ def compile_exported(
     """
     seconds = {"load": load_seconds}
     watch = _Watch(seconds)
+    if device not in DEVICES:
+        raise TNCompileError(f"no device {device!r}; choose from {', '.join(DEVICES)}")
     plan_for = Choice(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
     timer = None if tune is None else Tuner(tune, device)
     progress("importing the graph")
@@ -168,22 +171,26 @@ def compile_exported(
     file = write(program, traced, store)
     watch("emit")
     settled: Settled | None = None
-    if tune is not None:
+    if tune is not None and max_memory is None:  # the exporter's file keeps to no limit
         progress("timing it against torch's exporter")
         settled = settle(file.data, traced, batches, tune / 4, device)
         if settled.exported is not None:
-            file, program = adopt(settled.exported, traced), traced.program
+            theirs = adopt(settled.exported, traced)
+            if _passes_check(theirs.data, traced, batches, examples):
+                file = theirs
+            else:
+                settled = replace(settled, exported=None, note="its file is faster, but not as exact as it must be")
         watch("settle")
     result: CheckReport | None = None
     session: Session | None = None
     if check:
         progress("checking the numbers")
         session = Session(file.data)
-        result = check_session(session, traced, batches, examples)
+        result = check_session(session, traced, batches, examples, _in_every_range(program))
         if not result.passed and file.folded is not None:
             file = file.written_out("folding the cores in float32 at load is not as exact as it must be")
             session = Session(file.data)
-            result = check_session(session, traced, batches, examples)
+            result = check_session(session, traced, batches, examples, _in_every_range(program))
         watch("check")
     composed = stages.get("fold", traced.program)
     networks, views = summarize(composed, program, reports, context, file.storage.cores)
@@ -266,10 +273,26 @@ def check_session(
     traced: TracedModel,
     batches: Sequence[int] = DEFAULT_BATCH,
     examples: Sequence[Mapping[str, Array]] = (),
+    also: Sequence[int] = (),
 ) -> CheckReport:
-    """Check at batch sizes that show a fixed batch or a mixed-up mode, and at no more than 64."""
-    small = tuple(dict.fromkeys([*(min(b, 64) for b in batches), 3]))
+    """Check at batch sizes that show a fixed batch or a mixed-up mode, none over 64, and at those in `also`."""
+    small = tuple(dict.fromkeys([*(min(b, 64) for b in batches), 3, *also]))
     return check(session, traced, small, examples)
+
+
+def _in_every_range(program: Program) -> list[int]:
+    """Batch sizes at which every plan of every switch runs once."""
+    limits = {limit for node in program.nodes if isinstance(node, Switch) for limit in node.limits}
+    return sorted({size for limit in limits for size in (limit, limit + 1)})
+
+
+def _passes_check(
+    data: bytes, traced: TracedModel, batches: Sequence[int], examples: Sequence[Mapping[str, Array]]
+) -> bool:
+    try:
+        return check_session(Session(data), traced, batches, examples).passed
+    except CheckError:
+        return False
 
 
 def to_bytes(program: Program, traced: TracedModel) -> bytes:

@@ -115,17 +115,17 @@ def _subject(options: argparse.Namespace) -> tuple[Subject, Sequence[int | None]
 
     exported = load_exported(options.model)
     with compiler.naming(options.model):
-        compiled = compiler.compile_exported(exported, batch=options.batch, check=False)
+        compiled = compiler.compile_exported(exported, batch=options.batch, device=options.device, check=False)
     batches = options.batch if compiled.report.dynamic else (None,)
     if batches == (None,):
         print(f"{options.model}: its batch is fixed; measured at its own shapes", file=sys.stderr)
     module = eager_module(exported, options.batch[0], options.device)
-    writers = {OURS: compiled.save, DENSE: writer(exported, options.batch, DENSE_PASSES)}
+    writers = {OURS: compiled.save, DENSE: writer(exported, options.batch, options.device, DENSE_PASSES)}
     return Subject(exported, module, _inputs_of(compiled.traced, exported), writers), batches
 
 
 def writer(
-    exported: torch.export.ExportedProgram, batches: Sequence[int], passes: str | None = None
+    exported: torch.export.ExportedProgram, batches: Sequence[int], device: str = "cpu", passes: str | None = None
 ) -> Callable[[Path], None]:
     """Compiles when it is called, with the default passes or others, and writes the ONNX file."""
 
@@ -134,7 +134,7 @@ def writer(
         from tncompile.passes import DEFAULT, parse_passes
 
         chosen = DEFAULT if passes is None else parse_passes(passes)
-        compiler.compile_exported(exported, batch=batches, passes=chosen, check=False).save(path)
+        compiler.compile_exported(exported, batch=batches, device=device, passes=chosen, check=False).save(path)
 
     return write
 

@@ -46,7 +46,10 @@ def choose(choice: str | None = None, device: str = "cpu") -> Choice:
     if chosen == DEFAULT:
         return Choice(default_profile(device), "shipped default")
     if chosen:
-        return Choice(load(Path(chosen)), f"{chosen}")
+        profile = load(Path(chosen))
+        if not profile.device.startswith(device) and profile.device.startswith(("cpu", "cuda")):
+            raise LoadError(f"{chosen}: is a profile of {profile.device}, not of {device}")
+        return Choice(profile, f"{chosen}")
     path = stored_path(device)
     if not path.exists():
         return Choice(default_profile(device), "shipped default; `tncompile tune --device` measures this machine")

@@ -101,7 +101,8 @@ class Scheduler:
     """Schedules trees of one term. `sizes` gives every index of the term its size, in elements.
 
     `shown` are the axes of the result where it is an output of the model: ONNX Runtime writes an output into memory of
-    its own, so that a Reshape at the end is a copy. Anywhere else it costs nothing.
+    its own, so that a Reshape at the end is a copy. Anywhere else it costs nothing. `in_order`: the free modes of a
+    core stand in the order of the output, as ONNX Runtime's attention reads them.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Scheduler:
         profile: DeviceProfile,
         itemsize: int,
         shown: Sequence[Layout] = (),
+        in_order: bool = False,
     ) -> None:
         self.term = term
         self.output = tuple(i.name for i in output)
@@ -119,6 +121,7 @@ class Scheduler:
         self.profile = profile
         self.itemsize = itemsize
         self.shown = tuple(shown)
+        self.in_order = in_order
         self._layouts = reduced_layouts(term, self.output)
 
     def layout(self, position: int) -> Layout:
@@ -268,8 +271,14 @@ class Scheduler:
             wanted = (*c.batch, *c.summed, *c.right)
             turned = self._turned(y, wanted, c.right, len(c.batch))
             seconds += self.profile.node if turned else self._permute(y, wanted)
-        for free in _orders(c.right) if core else [c.right]:
+        for free in self._free(c.right) if core else [c.right]:
             yield seconds, "matmul", (*base, *free)
+
+    def _free(self, group: Layout) -> Iterable[Layout]:
+        """The orders that the free modes of a core may take."""
+        if self.in_order and {*group} <= {*self.output}:
+            return [tuple(i for i in self.output if i in group)]
+        return _orders(group)
 
     def _core_lefts(self, x: Layout, c: Classes) -> Iterable[_Form]:
         block = (*c.batch, *c.summed)

@@ -26,7 +26,7 @@ def name_interface(model: onnx_ir.Model, program: Program, traced: TracedModel) 
             graph.outputs[position] = copy.outputs[0]
     taken = {v.name for v in program.inputs}
     final = {id(v) for v in graph.outputs}
-    inner = [v for node in graph for v in node.outputs if id(v) not in final]
+    inner = [v for node in graph.all_nodes() for v in node.outputs if id(v) not in final]
     for value in [*inner, *graph.initializers.values()]:
         if value.name in wanted or value.name in taken:
             value.name = f"{value.name}:inner"

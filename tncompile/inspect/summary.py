@@ -81,6 +81,8 @@ class Report:
         """Plain data for JSON."""
         data = asdict(self)
         data["check"] = None if self.check is None else {**asdict(self.check), "passed": self.check.passed}
+        if self.settled is not None:
+            data["settled"]["exported"] = self.settled.exported is not None
         return {"tncompile": data.pop("version"), **data}
 
     def __str__(self) -> str:

@@ -74,7 +74,7 @@ class Editor:
     def __init__(self, graph: onnx_ir.Graph) -> None:
         self.graph = graph
         self.taken = {*graph.initializers, *(v.name for v in graph.inputs)}
-        for node in graph:
+        for node in graph.all_nodes():
             self.taken |= {node.name, *(v.name for v in node.outputs)}
 
     def name(self, base: str) -> str:

@@ -44,6 +44,10 @@ def reshapes_around_elementwise(graph: onnx_ir.Graph) -> int:
             continue
         source = first.inputs[0]
         assert source is not None
+        numbers = [v for inner in between for v in inner.inputs if v is not None and match.number(v) is not None]
+        rank = 0 if source.shape is None else len(source.shape)
+        if any(len(v.shape or ()) > rank for v in numbers):
+            continue  # a constant of more axes would add to the result's
         reader = between[0] if between else node
         reader.replace_input_with([*reader.inputs].index(value), source)
         for inner in between:
