@@ -20,19 +20,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir
 
+from benchmarks.primitives import rank_correlation
 from benchmarks.zoo import Layer, layers
 from tncompile.cost.devices import choose
 from tncompile.cost.profile import DeviceProfile
-from tncompile.emit.program import network_model
-from tncompile.ir import Network, Switch, Term, Tree
+from tncompile.ir import Network, Program, Switch, Tree
 from tncompile.ir.core import left_to_right
 from tncompile.passes import Context, Order
 from tncompile.passes.plans import merge_constants, scheduler
 from tncompile.runtime.session import Session
 from tncompile.runtime.timing import race
-from tncompile.runtime.tuner import Tuner
+from tncompile.runtime.tuner import Tuner, model_of
 
 FOLLOWED = 3.0
 """Ways predicted to take over this many times the best prediction are not timed, but for a sample of them."""
@@ -103,21 +102,6 @@ def ways(network: Network, context: Context, batch: int, layouts: int) -> list[W
     return sorted(found.values(), key=lambda way: way.seconds)
 
 
-def _model(network: Network) -> bytes:
-    generator = np.random.default_rng(0)
-
-    def filled(term: Term) -> Term:
-        tensors = [
-            t if t.data is None else replace(t, data=generator.standard_normal(t.data.shape).astype(np.float32))
-            for t in term.tensors
-        ]
-        return replace(term, tensors=tuple(tensors))
-
-    model = network_model(replace(network, terms=tuple(map(filled, network.terms))))
-    data: bytes = onnx_ir.to_proto(model).SerializeToString()
-    return data
-
-
 def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts: int) -> Result:
     """Time all ways of a layer, and the planner's and the tuner's plans among the best of them."""
     program = layer.program()
@@ -131,14 +115,14 @@ def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts
     feeds = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
     first = []
     for way in chosen:
-        session = Session(_model(way.network))
+        session = Session(model_of(way.network))
         first.append(_quick(session, feeds))
     plans = {"planned": _planned(program, context)}
     if tune:
         plans["tuned"] = _planned(program, replace(context, timer=Tuner(tune, stored=False)))
     finalists = sorted(range(len(chosen)), key=lambda k: first[k])[:FINALISTS]
-    sessions = {str(k): Session(_model(chosen[k].network)) for k in finalists}
-    sessions |= {name: Session(_model(plan)) for name, plan in plans.items()}
+    sessions = {str(k): Session(model_of(chosen[k].network)) for k in finalists}
+    sessions |= {name: Session(model_of(plan)) for name, plan in plans.items()}
     calls = {name: (lambda s=session: s.run(feeds)) for name, session in sessions.items()}
     raced = race(calls, rounds=30, budget_s=1.0)
     times = {name: raced.median(name) * 1e3 for name in calls}
@@ -150,19 +134,19 @@ def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts
         min(times.values()),
         times["planned"],
         times.get("tuned"),
-        _spearman([w.seconds for w in chosen], first),
+        rank_correlation([w.seconds for w in chosen], first) if len(chosen) > 2 else 1.0,
     )
 
 
-def _planned(program: object, context: Context) -> Network:
-    after, _ = Order().run(program, context)  # type: ignore[arg-type]
+def _planned(program: Program, context: Context) -> Network:
+    after, _ = Order().run(program, context)
     (node,) = after.nodes
     assert isinstance(node, Network | Switch)
     return node.case(context.batches[0]) if isinstance(node, Switch) else node
 
 
 def _quick(session: Session, feeds: dict[str, np.ndarray]) -> float:
-    """Seconds of a call: the best of a few."""
+    """Seconds of a call: the median of a few."""
     session.run(feeds)
     best: list[float] = []
     end = time.perf_counter() + 0.002
@@ -173,13 +157,6 @@ def _quick(session: Session, feeds: dict[str, np.ndarray]) -> float:
         if best[-1] > 0.1:
             break
     return statistics.median(best)
-
-
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    if len(a) < 3:
-        return 1.0
-    first, second = (np.argsort(np.argsort(values)) for values in (a, b))
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def summary(results: Sequence[Result]) -> str:

@@ -56,10 +56,9 @@ def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: floa
 
     options = list(_partitions(len(batches))) if math.isfinite(branch) else [[range(len(batches))]]
     parts, (_, plans) = min(((p, worth(p)) for p in options), key=lambda option: option[1][0])
-    groups = [(p, c) for p, c in zip(parts, plans, strict=True)]
-    merged = [groups[0]]
-    for part, plan in groups[1:]:
-        if plan is merged[-1][1]:
+    merged: list[tuple[range, Candidate]] = []
+    for part, plan in zip(parts, plans, strict=True):
+        if merged and plan is merged[-1][1]:
             merged[-1] = (range(merged[-1][0].start, part.stop), plan)
         else:
             merged.append((part, plan))

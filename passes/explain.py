@@ -33,12 +33,13 @@ def explain(
     details: dict[str, object] = {"batches": context.batches, "microseconds": tried}
     if plan.measured:
         details["measured"] = {c.label or label_of(before, c.tree): _rounded(c.measured) for c in ranked}
-    served = {size: choice.plan_for(size) for size in context.batches}
-    details["chosen"] = {
-        size: {"predicted": _rounded(way.seconds)[k]}
-        | ({"measured": _rounded(way.measured)[k]} if way.measured else {})
-        for k, (size, way) in enumerate(served.items())
-    }
+    chosen: dict[int, dict[str, float]] = {}
+    for k, size in enumerate(context.batches):
+        way = choice.plan_for(size)
+        chosen[size] = {"predicted": _rounded(way.seconds)[k]}
+        if way.measured:
+            chosen[size]["measured"] = _rounded(way.measured)[k]
+    details["chosen"] = chosen
     return Change(network.output.name, what, why, details=details)
 
 

@@ -48,7 +48,6 @@ class Layout(Pass):
     3. With the networks around it ordered and scheduled anew, their cores as they are, the predicted time rises at no
        batch size and falls by `margin` on average; else nothing is changed.
     4. Values joined by a sum or a product of whole networks are also tried together.
-
     5. Plans were chosen by prediction: what was measured is not changed by what is not.
 
     The pass needs the schedules of `order`. `sweeps`: how often it may look at a value again, as the networks around it

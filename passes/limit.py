@@ -120,7 +120,7 @@ def _orders(network: Network, term: Term, context: Context) -> Iterator[_Option]
     trees: dict[Tree, None] = {}
     for batch in (context.batches[0], context.batches[-1]):
         search = tree_search(network, term, context, batch)
-        found, _ = search.merges(keep=16)
+        found = search.merges(keep=16)
         trees |= dict.fromkeys(tree for tree in (*found, search.dense()) if tree is not None)
     for tree in trees:
         merged = merge_constants(network, term, tree, shapes_only=True)

@@ -151,8 +151,8 @@ def _has_choice(term: Term) -> bool:
     return not term.is_constant and len(term.tensors) > 1
 
 
-def _applied(network: Network, term: Term, plan: Candidate) -> Term:
-    return replace(merge_constants(network, term, plan.tree), steps=plan.steps)
+def _applied(network: Network, term: Term, plan: Candidate, shapes_only: bool = False) -> Term:
+    return replace(merge_constants(network, term, plan.tree, shapes_only), steps=plan.steps)
 
 
 def _timed(network: Network, term: Term, ways: Sequence[Candidate], context: Context, keep: int) -> list[Candidate]:
@@ -163,15 +163,12 @@ def _timed(network: Network, term: Term, ways: Sequence[Candidate], context: Con
         few |= dict.fromkeys(sorted(ways, key=lambda way: way.seconds[k])[:keep])
     # the order as traced may take seconds and gigabytes: what is hopeless keeps its prediction
     best = [min(way.seconds[k] for way in few) for k in range(len(context.batches))]
-    hopeless = {way for way in few if any(s > HOPELESS * b for s, b in zip(way.seconds, best, strict=True))}
-    racing = [way for way in few if way not in hopeless or way.label == DENSE]
-    networks = [
-        replace(
-            network,
-            terms=(replace(merge_constants(network, term, way.tree, shapes_only=True), steps=way.steps),),
-        )
-        for way in racing
+    racing = [
+        way
+        for way in few
+        if way.label == DENSE or all(s <= HOPELESS * b for s, b in zip(way.seconds, best, strict=True))
     ]
+    networks = [replace(network, terms=(_applied(network, term, way, shapes_only=True),)) for way in racing]
     shown = network.output.name in context.outputs
     taken = [context.timer.times(networks, context.symbols(batch), shown) for batch in context.batches]
     times = dict(zip(racing, zip(*taken, strict=True), strict=True))

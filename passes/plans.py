@@ -95,7 +95,7 @@ def _search(
     starts = dict.fromkeys((*search.orders(limits.max_trials), *plain))
     trees = [*starts, *map(search.refined, starts)]
     if not search.has_many_merges:
-        trees += sorted(search.merges()[0], key=search.estimate)[: 2 * limits.trees]
+        trees += sorted(search.merges(), key=search.estimate)[: 2 * limits.trees]
     return trees
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
-from tncompile.ir.core import Arg
+from tncompile.ir.core import NETWORK_DTYPES, Arg
 from tncompile.passes.base import Change, Context, Pass
 
-NETWORK_DTYPES = ("float32", "float64", "float16")
 SELECT, SLICE, STACK = "aten.select.int", "aten.slice.Tensor", "aten.stack.default"
 UNBIND, GETITEM = "aten.unbind.int", "operator.getitem"
 
@@ -110,8 +109,14 @@ def _stacked(node: Opaque, parts: dict[str, Part]) -> list[Part] | None:
 
 def _turned(node: Opaque, part: Part) -> bool:
     """Whether a stack puts its parts along another axis than they were selected from."""
+    return _along(node, part.value) != part.axis
+
+
+def _along(node: Opaque, value: Value) -> int:
+    """The axis along which a node stacks parts of a value."""
     to: Arg = node.args[1] if len(node.args) > 1 else dict(node.kwargs).get("dim", 0)
-    return not isinstance(to, int) or to % len(part.value.shape or (1,)) != part.axis
+    assert isinstance(to, int)
+    return to % len(value.shape or ())
 
 
 def _step(parts: Sequence[Part]) -> int:
@@ -123,9 +128,7 @@ def _slice(node: Opaque, stacked: Sequence[Part]) -> list[Node]:
     first, last = stacked[0], stacked[-1]
     value, axis, step = first.value, first.axis, _step(stacked)
     shape = value.shape or ()
-    to: Arg = node.args[1] if len(node.args) > 1 else dict(node.kwargs).get("dim", 0)
-    assert isinstance(to, int)
-    to %= len(shape)
+    to = _along(node, value)
     order = [a for a in range(len(shape)) if a != axis]
     order.insert(to, axis)
     if len(stacked) == shape[axis]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +17,7 @@ from tncompile.cost.table import Table
 from tncompile.errors import UnsupportedError
 from tncompile.runtime.primitives import PRIMITIVES, Primitive, steps_model
 from tncompile.runtime.session import Memory, Session, available_providers
+from tncompile.runtime.timing import no_garbage_collection
 
 #: Told the share that is done, from 0 to 1.
 Progress = Callable[[float], None]
@@ -120,7 +119,7 @@ class Stopwatch:
         shuffle = random.Random(0).shuffle
         start, rounds = time.perf_counter(), 0
         groups = [[*group] for group in self.groups]
-        with _no_garbage_collection():
+        with no_garbage_collection():
             while groups and (rounds < _ROUNDS or time.perf_counter() - start < seconds):
                 shuffle(groups)
                 for group in groups:
@@ -220,15 +219,3 @@ def _providers(device: str) -> list[str]:
             "on a machine with an NVIDIA GPU, or measure `--device cpu`"
         )
     return [name, "CPUExecutionProvider"]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

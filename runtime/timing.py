@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tncompile.cost.devices import processor
 
 #: Thread pools of PyTorch and ONNX Runtime keep spinning for a moment after a call; a pause this long lets them fall
 #: asleep, so that an entrant does not pay for the one before it.
@@ -91,7 +92,7 @@ def race(
     order = list(entrants)
     shuffle = random.Random(seed).shuffle
     end = time.perf_counter() + budget_s
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for turn in range(rounds):
             late = time.perf_counter() - end
             if (turn >= MIN_ROUNDS and late > 0) or (turn >= 2 and late > 2 * budget_s):
@@ -143,7 +144,8 @@ def _time_ms(call: Callable[[], object], calls: int) -> float:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Garbage is collected before, and not again until the end."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -162,13 +164,4 @@ def machine(*packages: str) -> str:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return f"{_processor()}, {os.cpu_count()} cores; {', '.join(versions)}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return f"{processor()}, {os.cpu_count()} cores; {', '.join(versions)}"

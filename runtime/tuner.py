@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ class Tuner:
         entrants = {}
         for number, network in enumerate(networks):
             try:
-                call = Session(_model(network, shown), self.providers).bound(feeds)
+                call = Session(model_of(network, shown), self.providers).bound(feeds)
                 call()
             except Exception:  # ONNX Runtime's own have no common base; what cannot run is no candidate
                 continue
@@ -110,8 +111,11 @@ def _feeds(network: Network, symbols: Mapping[str, int]) -> dict[str, Array]:
     return {name: np.asarray(generator.standard_normal(shape), network.dtype) for name, shape in shapes.items()}
 
 
-def _model(network: Network, shown: bool) -> bytes:
-    """The network alone as an ONNX model. Cores get numbers of ordinary size, as denormal ones are slow."""
+def model_of(network: Network, shown: bool = True) -> bytes:
+    """A scheduled network alone as an ONNX model, to be timed; with `shown` as in `network_model`.
+
+    Cores get numbers of ordinary size, as denormal ones are slow.
+    """
     generator = np.random.default_rng(0)
 
     def filled(tensor: Tensor) -> Tensor:
@@ -120,8 +124,8 @@ def _model(network: Network, shown: bool) -> bytes:
         numbers = generator.standard_normal(tensor.data.shape, np.float32) / math.sqrt(max(tensor.data.size, 1))
         return Tensor(f"core_{id(tensor)}", tensor.axes, numbers.astype(tensor.data.dtype))
 
-    terms = tuple(type(term)(tuple(map(filled, term.tensors)), term.order, term.steps) for term in network.terms)
-    model = network_model(Network(network.name, terms, network.output, network.dtype), shown)
+    terms = tuple(replace(term, tensors=tuple(map(filled, term.tensors))) for term in network.terms)
+    model = network_model(replace(network, terms=terms), shown)
     data: bytes = onnx_ir.to_proto(model).SerializeToString()
     return data
 
@@ -159,7 +163,7 @@ class _Store:
             self.seconds = {}
 
     def get(self, keys: Sequence[str]) -> list[float] | None:
-        """The times of all keys, which were taken together; None where one is missing."""
+        """The times of all keys, which may come from several runs; None where one is missing."""
         return [self.seconds[k] for k in keys] if all(k in self.seconds for k in keys) else None
 
     def put(self, times: Mapping[str, float]) -> None:

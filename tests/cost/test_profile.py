@@ -145,7 +145,7 @@ def test_which_profile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_stored_profile_belongs_to_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     first = devices.stored_path()
-    monkeypatch.setattr(devices, "_processor", lambda: "Another CPU @ 2.4 GHz / x")
+    monkeypatch.setattr(devices, "processor", lambda: "Another CPU @ 2.4 GHz / x")
     second = devices.stored_path()
     assert first != second and first.parent == second.parent
     assert "Another-CPU-2.4-GHz-x" in second.name and second.suffix == ".json"

@@ -88,7 +88,7 @@ def stored_path(device: str = "cpu") -> Path:
 
 def machine(device: str = "cpu") -> str:
     """What a profile belongs to: ``cpu, AMD EPYC, 2 cores, onnxruntime 1.31.1``."""
-    place = f"{_processor()}, {_cores()} cores" if device == "cpu" else _gpu()
+    place = f"{processor()}, {_cores()} cores" if device == "cpu" else _gpu()
     return f"{device}, {place}, onnxruntime {_runtime()}"
 
 
@@ -96,7 +96,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text("utf-8", "replace").splitlines():

@@ -133,8 +133,6 @@ class _Search:
                     yield a, b
                 else:
                     apart.append((a, b))
-            if part == 0:
-                break
         if not joined:
             yield from apart
 
@@ -145,7 +143,7 @@ class _Search:
         """The indices on the tensors of a subset."""
         if mask not in self.bits:
             low = mask & -mask
-            self.bits[mask] = (self._bits(mask ^ low) if mask ^ low else 0) | self.tensor_bits[low.bit_length() - 1]
+            self.bits[mask] = self._bits(mask ^ low) | self.tensor_bits[low.bit_length() - 1]
         return self.bits[mask]
 
     def _kept(self, mask: int) -> Layout:

@@ -120,15 +120,17 @@ class Refiner:
 
     def _best(self, root: _Node) -> _Node:
         """The best tree over the window of a subtree: the branches that opening its costliest ones leaves."""
+        if root.constant:
+            return root
         leaves = list(root.parts or ())
         while len(leaves) < WIDTH:
-            inner = [node for node in leaves if node.parts is not None and not (node.constant and root.constant)]
+            inner = [node for node in leaves if node.parts is not None]
             if not inner:
                 break
             opened = max(inner, key=lambda node: (node.seconds, self._size(node.legs)))
             place = leaves.index(opened)
             leaves[place : place + 1] = opened.parts or ()
-        if len(leaves) < 3 or root.constant:
+        if len(leaves) < 3:
             return root
         found = self._window(leaves, root.legs)
         return found if found.seconds < root.seconds * (1 - 1e-9) else root

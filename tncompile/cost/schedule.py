@@ -128,13 +128,9 @@ class Scheduler:
         """The order of a tensor's indices as it flows in, or as it is stored."""
         return self._layouts[position]
 
-    def permute(self, layout: Layout, wanted: Layout) -> float:
-        """Seconds to bring a result into another order of its indices."""
-        return self._permute(layout, wanted)
-
     def finish(self, left: Layout, form: str, layout: Layout) -> float:
         """Seconds to bring the last result, of a step on a `left` side, into the order and axes of the output."""
-        seconds = self._permute(layout, tuple(i for i in self.output if i in layout))
+        seconds = self.permute(layout, tuple(i for i in self.output if i in layout))
         if not self.shown:
             return seconds
         free = {i for i in layout if i not in left}
@@ -265,12 +261,12 @@ class Scheduler:
             seconds = self.profile.node
             seconds += self.profile.matmul_time(turned, rows, k, n, self.itemsize, core and turned == 1)
         else:
-            seconds = self._permute(x, (*base, *c.summed))
+            seconds = self.permute(x, (*base, *c.summed))
             seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
         if not core:
             wanted = (*c.batch, *c.summed, *c.right)
             turned = self._turned(y, wanted, c.right, len(c.batch))
-            seconds += self.profile.node if turned else self._permute(y, wanted)
+            seconds += self.profile.node if turned else self.permute(y, wanted)
         for free in self._free(c.right) if core else [c.right]:
             yield seconds, "matmul", (*base, *free)
 
@@ -308,7 +304,7 @@ class Scheduler:
         length = self.size(full[len(full) - run :])
         seconds = self.profile.multiply_time(self.size(full) // length, length, self.itemsize)
         if not core:
-            seconds += self._permute(y, tuple(i for i in full if i in here))
+            seconds += self.permute(y, tuple(i for i in full if i in here))
         if c.summed:
             places = [k for k, i in enumerate(full) if i in c.summed]
             summed, inner = self.size(c.summed), self.size(full[places[-1] + 1 :])
@@ -325,7 +321,7 @@ class Scheduler:
                     return self.size(outer[:cut])
         return 0
 
-    def _permute(self, layout: Layout, wanted: Layout) -> float:
+    def permute(self, layout: Layout, wanted: Layout) -> float:
         """Seconds to bring a layout into another order."""
         if layout == wanted:
             return 0.0

@@ -103,23 +103,21 @@ class TreeSearch:
         cores = tuple(p for p, core in enumerate(self.core) if core)
         return self._with_groups([cores] if cores else [], "flops")
 
-    def merges(self, keep: int = 64, limit: int = 2048) -> tuple[list[Tree], bool]:
+    def merges(self, keep: int = 64, limit: int = 2048) -> list[Tree]:
         """Ways to merge connected cores at compile time, each with cotengra's best order of the rest.
 
         Of at most `limit` ways, the `keep` with the lowest bound: all cores that are left are read, in one step
-        each. The second value says whether all ways were looked at and the network is small enough for an
-        optimal order.
+        each.
         """
         cores = [p for p, core in enumerate(self.core) if core]
-        partitions = list(itertools.islice(self._partitions(cores), limit + 1))
+        partitions = itertools.islice(self._partitions(cores), limit)
 
         def bound(groups: list[tuple[int, ...]]) -> float:
             read = sum(self.profile.stream_time(self.elements(g), 4) for g in groups)
             return read + len(groups) * self.profile.node
 
-        trees = [self._with_groups(groups, "combo-32") for groups in sorted(partitions[:limit], key=bound)[:keep]]
-        complete = len(partitions) <= limit and len(self.inputs) <= _OPTIMAL_UP_TO
-        return [tree for tree in trees if tree is not None], complete
+        trees = [self._with_groups(groups, "combo-32") for groups in sorted(partitions, key=bound)[:keep]]
+        return [tree for tree in trees if tree is not None]
 
     @property
     def has_many_merges(self) -> bool:

@@ -27,7 +27,7 @@ Shape = onnx_ir.Shape | None
 def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
     """The ONNX model of a program whose networks are scheduled.
 
-    Only standard operators and domains; UnsupportedError, with the operator and the user's line, where
+    Only operators that every onnxruntime has; UnsupportedError, with the operator and the user's line, where
     torch's exporter has no translation.
     """
     if not any(isinstance(node, Opaque) for node in program.nodes):
@@ -75,8 +75,7 @@ def _of_placeholders(program: Program) -> onnx_ir.Model:
     """A model of networks alone, each still one placeholder node."""
 
     def value(item: Value) -> onnx_ir.Value:
-        kind = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(np.dtype(item.dtype)))
-        return onnx_ir.Value(name=item.name, type=kind, shape=onnx_ir.Shape(item.shape or ()))
+        return onnx_ir.Value(name=item.name, type=_type(item.dtype), shape=onnx_ir.Shape(item.shape or ()))
 
     values = {given.name: value(given) for given in program.inputs}
     nodes = []
@@ -179,11 +178,7 @@ class _Lowering:
 
 
 def _type(dtype: str) -> onnx_ir.TensorType:
-    return onnx_ir.TensorType(onnx_ir.DataType[_onnx_dtype(dtype)])
-
-
-def _onnx_dtype(name: str) -> str:
-    return {"float32": "FLOAT", "float64": "DOUBLE", "float16": "FLOAT16"}[name]
+    return onnx_ir.TensorType(onnx_ir.DataType.from_numpy(np.dtype(dtype)))
 
 
 def _label(nodes: list[onnx_ir.Node], network: Network, taken: set[str]) -> None:

@@ -18,6 +18,7 @@ from tncompile.frontend.multilinear import Equation, NotMultilinear, Product, Re
 from tncompile.frontend.trace import whole_einsums
 from tncompile.ir import dims
 from tncompile.ir.core import (
+    NETWORK_DTYPES,
     Arg,
     Array,
     Axis,
@@ -34,7 +35,7 @@ from tncompile.ir.core import (
 )
 from tncompile.ir.edit import CannotEdit, fresh, refine, substitute, unique_cores
 
-NETWORK_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16"}
+_DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in NETWORK_DTYPES}
 _REFUSED = {torch.bfloat16, torch.complex32, torch.complex64, torch.complex128}
 
 
@@ -196,7 +197,7 @@ class _Importer:
             self._dtype(value, f"the result of {operator_name(node)}")
         if constant:
             self.lazy[node.name] = node
-        if isinstance(value, torch.Tensor) and value.dtype in NETWORK_DTYPES and _not_empty(value):
+        if isinstance(value, torch.Tensor) and value.dtype in _DTYPE_NAMES and _not_empty(value):
             try:
                 self.nodes.append(self._network(node, value))
                 return
@@ -267,7 +268,7 @@ class _Importer:
         shape = self._shape(value)
         if isinstance(translation, Reshape):
             return self._reshape(node, translation.source, shape)
-        return self._from_equation(node, translation, shape, NETWORK_DTYPES[value.dtype])
+        return self._from_equation(node, translation, shape, _DTYPE_NAMES[value.dtype])
 
     def _from_equation(
         self, node: torch.fx.Node, equation: Equation, shape: tuple[dims.Dim, ...], dtype: str
@@ -306,7 +307,7 @@ class _Importer:
         return Term(tuple(tensors))
 
     def _tensor(self, source: Any, axes: tuple[Axis, ...], dtype: str) -> Tensor:
-        if not isinstance(source, torch.fx.Node) or NETWORK_DTYPES.get(source.meta["val"].dtype) != dtype:
+        if not isinstance(source, torch.fx.Node) or _DTYPE_NAMES.get(source.meta["val"].dtype) != dtype:
             raise NotMultilinear("operands of several dtypes")
         if source.name in self.weight_of:
             name = self.weight_of[source.name]
@@ -333,7 +334,7 @@ class _Importer:
         flat_in = tuple(i for a in inputs for i in a)
         flat_out = tuple(i for a in outputs for i in a)
         split_in, split_out = refine(flat_in, flat_out, names)
-        dtype = NETWORK_DTYPES[node.meta["val"].dtype]
+        dtype = _DTYPE_NAMES[node.meta["val"].dtype]
         network = Network(
             layer_of(node),
             (Term((self._tensor(source, inputs, dtype),)),),

@@ -22,6 +22,9 @@ from tncompile.ir import dims
 from tncompile.ir.dims import Dim
 
 Array = NDArray[Any]
+
+NETWORK_DTYPES = ("float32", "float64", "float16")
+"""What a network may be computed in, as numpy spells it."""
 T = TypeVar("T")
 
 
