@@ -15,13 +15,18 @@ _LAZY = {
     "compile": "tncompile.compiler",
     "compile_exported": "tncompile.compiler",
     "compile_file": "tncompile.compiler",
+    "save": "tncompile.compiler",
+    "LoadOptions": "tncompile.frontend.load",
+    "parse_input": "tncompile.frontend.files.inputs",
     "Pipeline": "tncompile.passes",
     "TNCompileError": "tncompile.errors",
 }
 
 if TYPE_CHECKING:
-    from tncompile.compiler import CompiledModel, compile, compile_exported, compile_file
+    from tncompile.compiler import CompiledModel, compile, compile_exported, compile_file, save
     from tncompile.errors import TNCompileError
+    from tncompile.frontend.files.inputs import parse_input
+    from tncompile.frontend.load import LoadOptions
     from tncompile.passes import Pipeline
 
 
@@ -39,10 +44,13 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "CompiledModel",
+    "LoadOptions",
     "Pipeline",
     "TNCompileError",
     "__version__",
     "compile",
     "compile_exported",
     "compile_file",
+    "parse_input",
+    "save",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from tncompile.commands import bench, compile, inspect, tune, verify
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, TNCompileWarning
 
 Command = tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
 COMPILE: Command = (compile.parser, compile.run)
@@ -20,13 +23,31 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Print our own warnings as one line, without the place in our code."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, TNCompileWarning):
+                print(f"tncompile: note: {message}", file=sys.stderr)
+            else:
+                others(message, category, *where)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.simplefilter("always", TNCompileWarning)
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 refused or failed a check, 2 wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     named = bool(arguments) and arguments[0] in COMMANDS
     parser, run = COMMANDS[arguments[0]] if named else COMPILE
     try:
-        return run(parser().parse_args(arguments[named:]))
+        with _one_line_warnings():
+            return run(parser().parse_args(arguments[named:]))
     except TNCompileError as error:
         print(f"tncompile: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +19,14 @@ from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import TracedModel, import_exported
-from tncompile.frontend.load import load_exported
+from tncompile.frontend.load import LoadOptions, load
 from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
 from tncompile.ir import Array, Opaque, Program, Switch
 from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
 from tncompile.runtime.check import CheckReport, check
 from tncompile.runtime.device import DEVICES
-from tncompile.runtime.files import write_file
+from tncompile.runtime.files import check_writable, write_file
 from tncompile.runtime.session import Session
 from tncompile.runtime.settle import Settled, settle
 from tncompile.runtime.tuner import Tuner
@@ -99,13 +100,28 @@ def compile(
     return compile_exported(exported, model=type(module).__name__, load_seconds=seconds, **options)
 
 
-def compile_file(path: str | os.PathLike[str], **options: Any) -> CompiledModel:
-    """Compile a file written by `torch.export.save`; `options` as in `compile_exported`."""
+def compile_file(path: str | os.PathLike[str], *, loading: LoadOptions | None = None, **options: Any) -> CompiledModel:
+    """Compile a model file of any kind that `tncompile.frontend.load.load` takes; `options` as in `compile_exported`."""
     start = time.perf_counter()
-    exported = load_exported(path)
+    exported = load(path, loading)
     seconds = time.perf_counter() - start
     with naming(path):
         return compile_exported(exported, model=str(path), load_seconds=seconds, **options)
+
+
+def save(
+    module: torch.nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, dynamic_shapes: Any = "batch"
+) -> None:
+    """Trace a module and write it as an exported program: a file that holds no code, for `tncompile` to compile.
+
+    `dynamic_shapes` as in `compile`. Call ``.eval()`` first for inference. UnsupportedError where the module cannot be
+    traced; OutputError where the file cannot be written, whole or not at all.
+    """
+    check_writable(path)
+    exported = trace(module, example_inputs, None, dynamic_shapes)
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    write_file(path, buffer.getvalue())
 
 
 @contextlib.contextmanager
@@ -117,9 +133,9 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise type(error)(f"{os.fspath(path)}: {error}") from error
 
 
-def import_file(path: str | os.PathLike[str]) -> TracedModel:
-    """The traced model in a file written by `torch.export.save`."""
-    exported = load_exported(path)
+def import_file(path: str | os.PathLike[str], loading: LoadOptions | None = None) -> TracedModel:
+    """The traced model in a file of any kind that is taken."""
+    exported = load(path, loading)
     with naming(path):
         return import_exported(exported)
 
@@ -308,5 +324,6 @@ __all__ = [
     "compile_file",
     "import_file",
     "run_passes",
+    "save",
     "to_bytes",
 ]

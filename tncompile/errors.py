@@ -57,3 +57,7 @@ class CheckError(TNCompileError):
 
 class OutputError(TNCompileError):
     """An output file cannot be written."""
+
+
+class TNCompileWarning(UserWarning):
+    """What a user should know of a result that is right all the same; the command line prints it as one line."""

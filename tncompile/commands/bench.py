@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tncompile.commands.options import sizes
+from tncompile.commands.options import MODEL_HELP, loading, loading_options, sizes
 from tncompile.runtime.files import check_writable, write_file
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="tncompile bench", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    loading_options(result)
     result.add_argument("--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes (default 1,32)")
     result.add_argument("--against", type=ways, default=WAYS, metavar="WAY,...", help="default: all of the above")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default cpu)")
@@ -109,11 +110,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _subject(options: argparse.Namespace) -> tuple[Subject, Sequence[int | None]]:
     from tncompile import compiler
-    from tncompile.frontend.load import load_exported
+    from tncompile.frontend.load import load
     from tncompile.runtime.contest import DENSE, OURS, Subject
     from tncompile.runtime.rivals import eager_module
 
-    exported = load_exported(options.model)
+    exported = load(options.model, loading(options))
     with compiler.naming(options.model):
         compiled = compiler.compile_exported(exported, batch=options.batch, device=options.device, check=False)
     batches = options.batch if compiled.report.dynamic else (None,)

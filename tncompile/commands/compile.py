@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 from tncompile import __version__
 from tncompile.commands.options import (
+    MODEL_HELP,
     Progress,
     console,
     example_option,
     load_example,
+    loading,
+    loading_options,
     passes,
     planning_options,
     seconds,
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from tncompile.compiler import CompiledModel
 
 HELP = """\
-Compile a PyTorch model (a file written by torch.export.save) to plain ONNX for ONNX Runtime.
+Compile a PyTorch model to plain ONNX for ONNX Runtime.
 
 other commands:
   tncompile inspect FILE     show the tensor networks of a model or of a compiled file
@@ -43,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     result.add_argument("-o", "--output", metavar="OUT", required=True, help="the ONNX file to write")
+    loading_options(result)
     planning_options(result)
     result.add_argument(
         "--store",
@@ -107,6 +111,7 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
     return [
         compiler.compile_file(
             options.model,
+            loading=loading(options),
             batch=batch,
             sizes=dict(options.dim),
             passes=passes(options) or DEFAULT,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tncompile.commands.options import passes, planning_options
+from tncompile.commands.options import MODEL_HELP, loading, loading_options, passes, planning_options
 from tncompile.errors import LoadError, TNCompileError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         prog="tncompile inspect",
         description="Show the tensor networks of a model, or of a file that tncompile wrote.",
     )
-    result.add_argument("file", metavar="FILE", help="a file written by torch.export.save or by tncompile")
+    result.add_argument("file", metavar="FILE", help=f"{MODEL_HELP}; or what tncompile wrote")
     result.add_argument(
         "--format",
         choices=("text", "json", "dot", "networkx", "optimized"),
@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
         help="default: text; optimized: the operators of an ONNX file as written and as ONNX Runtime runs them",
     )
     result.add_argument("--after", metavar="PASS", help="show a model as it is after this pass, not as traced")
+    loading_options(result)
     planning_options(result)
     return result
 
@@ -81,7 +82,7 @@ def _program(options: argparse.Namespace) -> Program:
     names = [p.name() for p in stages]
     if options.after is not None and options.after not in names:
         raise TNCompileError(f"--after {options.after}: no such pass is run; the passes are {', '.join(names)}")
-    traced = compiler.import_file(path)
+    traced = compiler.import_file(path, loading(options))
     if options.after is None:
         return traced.program
     last = len(names) - names[::-1].index(options.after)

@@ -8,9 +8,11 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tncompile.errors import LoadError
+from tncompile.errors import LoadError, TNCompileError
 
 if TYPE_CHECKING:
+    from tncompile.frontend.files.inputs import InputSpec
+    from tncompile.frontend.load import LoadOptions
     from tncompile.ir import Array
 
 PASSES_HELP = "passes to run, in order, with options in braces: clean,fold,merge_cores,order{max_trials=64},layout"
@@ -60,6 +62,49 @@ def dimension(text: str) -> tuple[str, int]:
 
 
 dimension.__name__ = "NAME=N"
+
+
+def input_spec(text: str) -> InputSpec:
+    """``"x:float32[batch,3]"`` -> an input; refuses others, as `argparse` wants it."""
+    from tncompile.frontend.files.inputs import parse_input
+
+    try:
+        return parse_input(text)
+    except TNCompileError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+MODEL_HELP = "the model file: an exported program, TorchScript, a pickled module, or weights with --model"
+
+
+def loading_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a model file may not say itself."""
+    parser.add_argument(
+        "--input",
+        type=input_spec,
+        action="append",
+        default=[],
+        metavar="NAME:DTYPE[SIZES]",
+        help="an input's shape, where the file has none: x:float32[batch,3,224,224], where a word is a dynamic size "
+        "(size=64 to trace it with 64); ids:int64[batch,seq]<8000 for numbers below 8000; NAME=VALUE for one that "
+        "never changes; once for each input",
+    )
+    parser.add_argument(
+        "--model",
+        dest="factory",
+        metavar="MODULE:FACTORY",
+        help="what makes the module that a file of weights goes into: package.module:factory",
+    )
+    parser.add_argument(
+        "--trust-pickle", action="store_true", help="let a pickle run its code: only if you trust where it comes from"
+    )
+
+
+def loading(options: argparse.Namespace) -> LoadOptions:
+    """What `loading_options` took."""
+    from tncompile.frontend.load import LoadOptions
+
+    return LoadOptions(tuple(options.input), options.factory, options.trust_pickle)
 
 
 def planning_options(parser: argparse.ArgumentParser) -> None:

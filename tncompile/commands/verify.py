@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tncompile.commands.options import example_option, load_example, sizes
+from tncompile.commands.options import MODEL_HELP, example_option, load_example, loading, loading_options, sizes
 from tncompile.errors import LoadError
 
 
@@ -15,9 +15,10 @@ def parser() -> argparse.ArgumentParser:
         prog="tncompile verify",
         description="Run a compiled file in ONNX Runtime against its model in float64; exit 1 if it is wrong.",
     )
-    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     result.add_argument("output", metavar="OUT", help="the ONNX file that was made from it")
     result.add_argument("--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes (default 1,32)")
+    loading_options(result)
     example_option(result)
     return result
 
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     from tncompile import compiler
     from tncompile.runtime.session import Session
 
-    traced = compiler.import_file(options.model)
+    traced = compiler.import_file(options.model, loading(options))
     session = Session(options.output)
     result = compiler.check_session(session, traced, options.batch, [load_example(path) for path in options.example])
     print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tncompile.errors import UnsupportedError
+from tncompile.errors import TNCompileWarning, UnsupportedError
 
 
 def trace(
@@ -42,7 +42,9 @@ def trace(
             exported = _export(module, *given, None)  # fixed: to the example's own size, not to twice that
     if automatic and _has_batch(args) and not exported.range_constraints:
         warnings.warn(
-            f"{type(module).__name__} fixes the batch to the example's: it cannot be traced otherwise", stacklevel=3
+            f"{type(module).__name__} fixes the batch to the example's: it cannot be traced otherwise",
+            TNCompileWarning,
+            stacklevel=3,
         )
     return exported
 

@@ -1,0 +1,183 @@
+"""Trace a module of which only the inputs' shapes are known: on random examples of them."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tncompile.errors import LoadError, TNCompileWarning, UnsupportedError
+from tncompile.frontend.files.infer import highest_index, infer, parameters_of
+from tncompile.frontend.files.inputs import InputSpec, example_sizes
+from tncompile.frontend.script.module import Scripted
+from tncompile.frontend.trace import trace
+
+
+def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> torch.export.ExportedProgram:
+    """Trace a module on random inputs (seed 0) of the shapes given, or of what its first layer takes.
+
+    Sizes with a name are dynamic where the model allows it; a TNCompileWarning says which it does not. LoadError
+    where the inputs are not those of the module, UnsupportedError where it cannot be traced on them.
+    """
+    given = bool(inputs)
+    named = _named(module, list(inputs) if given else [infer(module)])
+    sizes = example_sizes(named)
+    fixed = {spec.name: spec.value for spec in named if spec.fixed}
+    tensors = [spec for spec in named if not spec.fixed]
+    examples = _examples(tensors, sizes, highest_index(module))
+    try:
+        if isinstance(module, Scripted):
+            module.fixed = fixed
+            for choice in module.record([*examples.values()]):
+                warnings.warn(
+                    f"the model asks for values of its inputs ({choice}); compiled for inputs that decide as random "
+                    "ones do",
+                    TNCompileWarning,
+                    stacklevel=2,
+                )
+            _call_by(module, [*examples])
+            fixed = {}
+        return _traced(module, tensors, examples, fixed, sizes)
+    except UnsupportedError as error:
+        shown = " ".join(f'--input "{spec}"' for spec in named)
+        hint = f"traced with {shown}" if given else f"traced with {shown}, told from its first layer; give others"
+        raise type(error)(f"{error} ({hint})") from error
+
+
+def _traced(
+    module: torch.nn.Module,
+    specs: Sequence[InputSpec],
+    examples: dict[str, torch.Tensor],
+    fixed: dict[str, Any],
+    sizes: dict[str, int],
+) -> torch.export.ExportedProgram:
+    """With the named sizes dynamic; else as many of them as torch manages; else with none."""
+    order = [name for name in parameters_of(module) if name in examples or name in fixed]
+    values = {**examples, **fixed}
+    leading = [name for name, known in zip(parameters_of(module), order, strict=False) if name == known]
+    leading = leading[: next((k for k, name in enumerate(parameters_of(module)) if name not in leading), None)]
+    args = tuple(values[name] for name in leading)
+    kwargs = {name: values[name] for name in order if name not in leading} or None
+
+    def shapes(dims: dict[str, Any]) -> Any:
+        found: dict[str, Any] = dict.fromkeys(order)
+        for spec in specs:
+            found[spec.name] = {axis: dims[d] for axis, d in enumerate(spec.dims) if isinstance(d, str)} or None
+        variadic = _variadic(module)
+        return {variadic: tuple(found.values())} if variadic else found
+
+    dims = {name: torch.export.Dim(name) for name in sizes}
+    if not dims:
+        return trace(module, args, kwargs, None)
+    try:
+        return trace(module, args, kwargs, shapes(dims))
+    except UnsupportedError:
+        pass
+    try:
+        program = trace(module, args, kwargs, shapes(dict.fromkeys(sizes, torch.export.Dim.AUTO)))
+    except UnsupportedError:
+        program = trace(module, args, kwargs, None)
+    kept = _dynamic(program, specs)
+    lost = ", ".join(f"{name} to {size}" for name, size in sizes.items() if name not in kept)
+    if lost:
+        warnings.warn(
+            f"the model fixes {lost}: it cannot be traced otherwise; give the size you need, like [{lost.split()[0]}="
+            f"{sizes[lost.split()[0]]},...]",
+            TNCompileWarning,
+            stacklevel=3,
+        )
+    return program
+
+
+def _dynamic(program: torch.export.ExportedProgram, specs: Sequence[InputSpec]) -> set[str]:
+    values = [n.meta["val"] for n in program.graph_module.graph.nodes if n.op == "placeholder"]
+    values = [
+        v for v, s in zip(values, program.graph_signature.input_specs, strict=True) if s.kind.name == "USER_INPUT"
+    ]
+    inputs = [v for v in values if isinstance(v, torch.Tensor)]
+    return {
+        d
+        for spec, value in zip(specs, inputs, strict=False)
+        for d, size in zip(spec.dims, value.shape, strict=False)
+        if isinstance(d, str) and not isinstance(size, int)
+    }
+
+
+def _variadic(module: torch.nn.Module) -> str:
+    """The name of ``*args`` where `forward` has that alone."""
+    kinds = {n: p.kind for n, p in inspect.signature(module.forward).parameters.items()}
+    return next((n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_POSITIONAL), "")
+
+
+def _named(module: torch.nn.Module, specs: Sequence[InputSpec]) -> list[InputSpec]:
+    """The specs with the names of `forward`'s arguments. Other names, for all of its tensors, become theirs."""
+    parameters = module.arguments if isinstance(module, Scripted) else parameters_of(module)
+    names = [*parameters]
+    needed = [
+        n
+        for n, default in parameters.items()
+        if (default[1] if isinstance(default, tuple) else default) is inspect.Parameter.empty
+    ]
+    if len({s.name for s in specs if s.name}) < sum(bool(s.name) for s in specs):
+        raise LoadError("an input is given twice; give each one --input")
+    free = [n for n in names if n not in {s.name for s in specs}]
+    unknown = [s.name for s in specs if s.name and s.name not in names]
+    if unknown and (any(s.name in names and not s.fixed for s in specs) or len(specs) > len(names)):
+        raise LoadError(f"the model has no input {unknown[0]}; its inputs are {', '.join(names)}")
+    renamed: dict[str, str] = {}
+    result = []
+    for spec in specs:
+        if spec.name in names:
+            result.append(spec)
+            continue
+        if not free:
+            raise LoadError(f"{len(specs)} inputs are given; the model has {len(names)}: {', '.join(names)}")
+        name = free.pop(0)
+        if spec.name:
+            renamed[name] = spec.name
+        result.append(replace(spec, name=name))
+    missing = [n for n in needed if n not in {s.name for s in result}]
+    if missing:
+        raise LoadError("the model needs further inputs; add " + " ".join(_flag(n, parameters[n]) for n in missing))
+    if renamed and not isinstance(module, Scripted):
+        _call_by(module, [renamed.get(n, n) for n in names])
+    return [replace(s, name=renamed.get(s.name, s.name)) for s in sorted(result, key=lambda s: names.index(s.name))]
+
+
+def _flag(name: str, parameter: Any) -> str:
+    kind = parameter[0] if isinstance(parameter, tuple) else "Tensor"
+    return f'--input "{name}:float32[batch,...]"' if "Tensor" in kind else f"--input {name}=VALUE ({kind})"
+
+
+def _call_by(module: torch.nn.Module, names: Sequence[str]) -> None:
+    """Let the arguments of a module's `forward` have these names, which torch.export gives its inputs."""
+    forward = module.forward
+    old = [*inspect.signature(forward).parameters.values()]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    defaults = [p.default for p in old] if len(old) == len(names) else [inspect.Parameter.empty] * len(names)
+    originals = [p.name for p in old]
+
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **{originals[names.index(k)]: v for k, v in kwargs.items()})
+
+    parameters = [inspect.Parameter(n, kind, default=d) for n, d in zip(names, defaults, strict=True)]
+    renamed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    module.forward = renamed  # type: ignore[assignment]
+
+
+def _examples(specs: Sequence[InputSpec], sizes: dict[str, int], below: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    examples = {}
+    for spec in specs:
+        shape = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            examples[spec.name] = torch.randn(shape, generator=generator).to(dtype)
+        else:
+            high = 2 if dtype is torch.bool else spec.limit or below
+            examples[spec.name] = torch.randint(0, high, shape, generator=generator).to(dtype)
+    return examples

@@ -1,0 +1,173 @@
+"""Exported programs: checked part by part before torch reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tncompile.errors import LoadError
+from tncompile.frontend.files.inputs import InputSpec
+
+if TYPE_CHECKING:
+    import torch
+
+# what the functions in a size expression may be called; anything else in its place could be code
+_SIZE_FUNCTIONS = {"Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv", "Pow"}
+_SIZE_FUNCTIONS |= {"Symbol", "Integer", "Rational", "Float", "Add", "Mul"}
+_SIZE_FUNCTIONS |= {"Eq", "Ne", "Ge", "Gt", "Le", "Lt", "And", "Or", "Not"}
+_SIZE_FUNCTIONS |= {"ModularIndexing", "Where", "PowByNatural", "CeilToInt", "FloorToInt", "TruncToInt", "ToFloat"}
+
+
+def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
+    """Load a file written by `torch.export.save`.
+
+    Raises LoadError, with the file's name and what to do, where it is damaged or holds code. No code from the file runs:
+    pickled parts go through torch's restricted unpickler, and size expressions are checked before they are
+    parsed.
+    """
+    import torch
+
+    path = Path(path)
+
+    try:
+        clean = _checked_copy(path)
+        with _quiet_and_safe():
+            return torch.export.load(clean)
+    except LoadError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise LoadError(f"{path}: truncated or corrupted ({error}); copy or export it again") from error
+    except Exception as error:  # whatever a damaged archive makes torch's reader raise
+        reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+        raise LoadError(
+            f"{path}: torch {torch.__version__} cannot read this exported program ({reason[:200]}); it is damaged, "
+            f"or was saved by another version of torch: export it again"
+        ) from error
+
+
+def check_inputs(program: torch.export.ExportedProgram, inputs: Sequence[InputSpec]) -> None:
+    """LoadError where what the user says of the inputs is not what the program says itself."""
+    import torch
+
+    nodes = {n.name: n.meta.get("val") for n in program.graph_module.graph.nodes if n.op == "placeholder"}
+    own = {s.arg.name: nodes[s.arg.name] for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
+    own = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
+    unnamed = iter(own)
+    for spec in inputs:
+        name = spec.name or next(unnamed, "")
+        if name not in own:
+            raise LoadError(f"the model has no input {spec.name or 'that many'}; its inputs are {', '.join(own)}")
+        value = own[name]
+        dtype = str(value.dtype).removeprefix("torch.")
+        sizes = [size if isinstance(size, int) else None for size in value.shape]
+        fits = len(sizes) == len(spec.dims) and all(
+            size is None or size == dim for size, dim in zip(sizes, spec.dims, strict=True)
+        )
+        if spec.fixed or dtype != spec.dtype or not fits:
+            shown = ",".join("dynamic" if size is None else str(size) for size in sizes)
+            raise LoadError(
+                f"its input {name} is {dtype}[{shown}], not {spec}; leave out --input: the file has its shapes"
+            )
+
+
+# the parts of an exported program that hold no code; compiled or pickled parts are not among them
+_PARTS = re.compile(
+    r"archive_format|archive_version|byteorder|version|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt"
+    r"|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+)
+# what a node of the graph may call: operators, arithmetic of sizes, and no reading of files
+_TARGETS = re.compile(
+    r"torch\.ops\.(aten|prims|prim|higher_order)\.(?!from_file)\w+(\.\w+)?"
+    r"|(_operator|operator|math|builtins)\.\w+|torch\.(_?sym_\w+|_check\w*)|\w+"
+)
+
+
+def _checked_copy(path: Path) -> io.BytesIO:
+    """The archive, read once, checked, and written anew: torch then reads what was checked and nothing else.
+
+    torch's own reader takes compiled libraries and pickled objects from further parts, and finds parts whatever
+    the case of their names; so only known parts pass, each once.
+    """
+    copy = io.BytesIO()
+    seen: set[str] = set()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
+        names = archive.namelist()
+        root = names[0].partition("/")[0] if names else ""
+        for name in names:
+            part = name.removeprefix(f"{root}/")
+            if not _PARTS.fullmatch(part) or name == part or name.lower() in seen:
+                raise LoadError(f"{path}: holds a part that could run code ({name}); export a model of tensors only")
+            seen.add(name.lower())
+            data = archive.read(name)  # checks the checksum
+            if part.endswith(".json"):
+                _check_json(json.loads(data), part, path)
+            checked.writestr(name, data)
+    copy.seek(0)
+    return copy
+
+
+def _check_json(content: Any, part: str, path: Path) -> None:
+    """Refuse pickled payloads, sizes that are not arithmetic, and calls of anything but operators."""
+    if part.endswith("_config.json"):
+        for payload in content.get("config", {}).values():
+            if not re.fullmatch(r"(weight|tensor)_\d+", str(payload.get("path_name"))):
+                raise LoadError(
+                    f"{path}: holds a pickled object ({payload.get('path_name')}), which could run code; "
+                    "export a model of tensors only"
+                )
+    for key, value in _strings(content):
+        if key == "expr_str" and not _is_arithmetic(value):
+            raise LoadError(f"{path}: a size in it is not arithmetic ({value[:60]!r}); refused")
+        if key == "target" and not _TARGETS.fullmatch(value):
+            raise LoadError(f"{path}: calls {value[:60]!r}, which is not an operator of torch; refused")
+
+
+def _strings(node: Any) -> Iterator[tuple[str, str]]:
+    """Every size (``expr_str``) and every node's ``target`` in the JSON of an exported program."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "expr_str" or (key == "target" and "inputs" in node):
+                yield key, str(value)
+            yield from _strings(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from _strings(item)
+
+
+def _is_arithmetic(expression: str) -> bool:
+    """Whether a size holds nothing but numbers, symbols and known functions: ``Mul(Integer(2), Symbol('s0'))``."""
+    bare = re.sub(r"'\w+'", "", expression)
+    if not re.fullmatch(r"[\w\s+\-*/(),.<>=]*", bare) or "__" in expression:
+        return False
+    # a dot only inside a number: no attribute can be reached
+    attribute = re.search(r"[A-Za-z_)]\s*\.|\.\s*[A-Za-z_]", bare)
+    return attribute is None and {*re.findall(r"(\w+)\s*\(", bare)} <= _SIZE_FUNCTIONS
+
+
+@contextlib.contextmanager
+def _quiet_and_safe() -> Iterator[None]:
+    """Make every torch.load inside use the restricted unpickler, and keep torch's reader from logging."""
+    key, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ[key] = "1"
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before

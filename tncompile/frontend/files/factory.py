@@ -1,0 +1,72 @@
+"""The module that weights belong into: ``--model package.module:factory``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from tncompile.errors import LoadError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextlib.contextmanager
+def importable_here() -> Iterator[None]:
+    """Let modules of the current directory be imported, as ``python -m`` does."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def build(factory: str | Callable[[], Any]) -> torch.nn.Module:
+    """What the factory makes, called without arguments. LoadError where there is none or it fails."""
+    import torch
+
+    with importable_here():
+        function = _find(factory) if isinstance(factory, str) else factory
+        try:
+            module = function()
+        except Exception as error:  # whatever the user's code raises
+            reason = str(error).strip().split("\n")[0]
+            raise LoadError(
+                f"--model {factory}: calling it without arguments fails: {type(error).__name__}: {reason}"
+            ) from error
+    if not isinstance(module, torch.nn.Module):
+        raise LoadError(
+            f"--model {factory}: gives {type(module).__name__}, not a torch.nn.Module; name a function or class that makes one"
+        )
+    return module
+
+
+def _find(factory: str) -> Any:
+    name, _, attribute = factory.partition(":")
+    if not name or not attribute:
+        raise LoadError(f"--model {factory}: write package.module:factory, a function or class that makes the module")
+    try:
+        found: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"--model {factory}: no module {error.name} (looked in the current directory and where Python looks); "
+            "run from the folder that holds it, or install it"
+        ) from error
+    except Exception as error:  # whatever the user's code raises
+        raise LoadError(f"--model {factory}: importing {name} fails: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [n for n in vars(found) if not n.startswith("_") and callable(vars(found)[n])]
+            raise LoadError(
+                f"--model {factory}: {name} has no {part}; it has {', '.join(public[:8]) or 'nothing to call'}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise LoadError(f"--model {factory}: is not a function or class")
+    return found

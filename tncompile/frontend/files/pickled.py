@@ -1,0 +1,114 @@
+"""What torch.save wrote: weights, or a whole module."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tncompile.errors import LoadError
+from tncompile.frontend.files.detect import globals_of
+from tncompile.frontend.files.factory import importable_here
+from tncompile.frontend.files.layers import FUNCTIONS, LAYERS, Rebuild, Record, allowed
+
+SAFE = "or make a safe file where you trust it: tncompile.save(module, example_inputs, path)"
+
+
+def read(path: Path) -> Any:
+    """What is in the file, by torch's restricted unpickler; layers of torch.nn come as records.
+
+    LoadError where the file would need anything else to be imported, or is damaged.
+    """
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed()):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, LoadError) as error:
+        raise LoadError(
+            f"{path}: {_why(path, error)}; add --trust-pickle if you trust where it comes from, {SAFE}"
+        ) from error
+    except Exception as error:  # whatever a damaged archive makes torch's reader raise
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise LoadError(f"{path}: truncated or corrupted ({reason}); copy or save it again") from error
+
+
+def module_of(content: Any, path: Path) -> torch.nn.Module | None:
+    """The module that `read` gave records of, None where it gave something else."""
+    if not isinstance(content, Record):
+        return None
+    try:
+        return Rebuild().layer(content)
+    except LoadError as error:
+        raise LoadError(f"{path}: {error}; add --trust-pickle if you trust where it comes from, {SAFE}") from error
+    except Exception as error:  # whatever torch's layers raise for a state that is not theirs
+        raise LoadError(
+            f"{path}: its layers cannot be restored ({type(error).__name__}: {error}); save it again"
+        ) from error
+
+
+def trusted(path: Path) -> Any:
+    """What is in the file, by pickle itself: runs whatever code the file asks for. LoadError where that fails."""
+    try:
+        with importable_here(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if zipfile.is_zipfile(path) or _is_legacy(path):
+                return torch.load(path, map_location="cpu", weights_only=False)
+            with path.open("rb") as file:
+                return pickle.load(file)
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"{path}: its classes are in the module {error.name}, which is not installed and not in the current "
+            "directory; install it, or run from the folder that holds it"
+        ) from error
+    except AttributeError as error:
+        reason = str(error).strip().split("\n")[0]
+        where = (
+            "it was defined in a script that ran as __main__; move it into a module of its own and save again"
+            if "__main__" in reason
+            else "the installed version is another than the one it was saved with"
+        )
+        raise LoadError(f"{path}: a class in it is not found ({reason}); {where}") from error
+    except Exception as error:  # whatever the file's code raises
+        reason = str(error).strip().split("\n")[0][:200]
+        raise LoadError(f"{path}: unpickling it fails: {type(error).__name__}: {reason}") from error
+
+
+def _is_legacy(path: Path) -> bool:
+    from tncompile.frontend.files.detect import detect
+
+    return detect(path) != "plain pickle"
+
+
+def _why(path: Path, error: Exception) -> str:
+    """What the file would import that is not torch's own."""
+    foreign = sorted(
+        {name for name in _globals(path) if name not in LAYERS and name not in FUNCTIONS and not _is_plain(name)}
+    )
+    if foreign:
+        names = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        return (
+            f"a pickle that uses {names}: code beside torch's own layers could run when it is opened, so it is refused"
+        )
+    reason = str(error).strip().split("\n")[0]
+    return f"a pickle that could run code when it is opened, so it is refused ({reason[:160]})"
+
+
+def _is_plain(name: str) -> bool:
+    from torch import _weights_only_unpickler
+
+    return name in _weights_only_unpickler._get_allowed_globals()
+
+
+def _globals(path: Path) -> list[str]:
+    try:
+        if not zipfile.is_zipfile(path):
+            return []
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
+            return [*globals_of(archive.read(name))]
+    except Exception:  # no more is to be known of a damaged file
+        return []

@@ -1,0 +1,83 @@
+"""TorchScript archives: checked before torch reads them, then made an ordinary module."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from tncompile.errors import LoadError
+from tncompile.frontend.files.detect import globals_of
+
+#: the parts that torch.jit.load reads; compiled code for phones and lists of lines stay behind
+_PARTS = re.compile(r"(data|constants)\.pkl|(data|constants)/\d+|code/[\w./]+\.py|version|byteorder|\.data/\w+")
+_LEFT = re.compile(
+    r"extra/.*|.*\.debug_pkl|bytecode\.pkl|bytecode/.*|(mobile_)?debug.*|\.format_version|\.storage_alignment|attributes\.pkl|.*/"
+)
+_SAFER = "export the module that it was made from: tncompile.save(module, example_inputs, path)"
+
+
+def load_script(path: Path, trust: bool) -> torch.jit.ScriptModule:
+    """The module in evaluation mode. LoadError where it is damaged or, unless trusted, where loading it runs code."""
+    try:
+        source = str(path) if trust else _checked_copy(path)
+        script = torch.jit.load(source, map_location="cpu")
+    except LoadError:
+        raise
+    except Exception as error:  # whatever a damaged archive makes torch's reader raise
+        reason = " ".join(str(error).strip().split("\n")[-1].split()) or type(error).__name__
+        raise LoadError(
+            f"{path}: torch {torch.__version__} cannot read this TorchScript file ({reason[:200]}); {_SAFER}"
+        ) from error
+    if not script._c._has_method("forward"):
+        raise LoadError(f"{path}: this TorchScript module has no forward; {_SAFER}")
+    if hasattr(script, "training"):  # a frozen one has no such mode
+        script.eval()
+    return script
+
+
+def _checked_copy(path: Path) -> io.BytesIO:
+    """The archive, read once, checked, and written anew: torch then reads what was checked and nothing else.
+
+    Reading a TorchScript file restores classes of C++ and calls the `__setstate__` of its own; neither may be in it.
+    Its other methods are not called: their graphs are run by `tncompile.frontend.script`, operator by operator.
+    """
+    copy = io.BytesIO()
+    seen: set[str] = set()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
+        names = archive.namelist()
+        root = names[0].partition("/")[0] if names else ""
+        for name in names:
+            part = name.removeprefix(f"{root}/")
+            if _LEFT.fullmatch(part):
+                continue
+            if not _PARTS.fullmatch(part) or name == part or name.lower() in seen:
+                raise LoadError(f"{path}: a TorchScript file with a part that it should not have ({name}); {_SAFER}")
+            seen.add(name.lower())
+            data = archive.read(name)  # checks the checksum
+            reason = _harmful(part, data)
+            if reason:
+                raise LoadError(
+                    f"{path}: a TorchScript file that {reason} when it is read, which is refused; add --trust-pickle if you trust where it comes from, or {_SAFER}"
+                )
+            checked.writestr(name, data)
+    copy.seek(0)
+    return copy
+
+
+def _harmful(part: str, data: bytes) -> str:
+    """What reading this part of an archive would run; "" for nothing."""
+    if part.endswith(".py") and b"__setstate__" in data:
+        return "runs code of its own (__setstate__)"
+    if part.endswith(".pkl"):
+        for name in globals_of(data):
+            if not name.startswith(
+                ("__torch__.", "torch.jit._pickle.", "torch._utils.", "torch.", "collections.OrderedDict")
+            ):
+                return f"makes {name}"
+            if "torch.classes" in name or name == "?":
+                return f"makes a class of C++ ({name})"
+    return ""
