@@ -101,7 +101,9 @@ def compile(
 
 
 def compile_file(path: str | os.PathLike[str], *, loading: LoadOptions | None = None, **options: Any) -> CompiledModel:
-    """Compile a model file of any kind that `tncompile.frontend.load.load` takes; `options` as in `compile_exported`."""
+    """Compile a model file of any kind that is taken; `loading` as in `tncompile.LoadOptions`, `options` as in
+    `compile_exported`.
+    """
     start = time.perf_counter()
     exported = load(path, loading)
     seconds = time.perf_counter() - start

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from tncompile.errors import LoadError, TNCompileWarning, UnsupportedError
-from tncompile.frontend.files.infer import highest_index, infer, parameters_of
+from tncompile.frontend.files.infer import flag_for, highest_index, infer
 from tncompile.frontend.files.inputs import InputSpec, example_sizes
+from tncompile.frontend.names import is_variadic, parameters_of, under_names
 from tncompile.frontend.script.module import Scripted
 from tncompile.frontend.trace import trace
 
@@ -31,16 +32,13 @@ def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> t
     examples = _examples(tensors, sizes, highest_index(module))
     try:
         if isinstance(module, Scripted):
-            module.fixed = fixed
-            for choice in module.record([*examples.values()]):
+            for choice in module.record({**examples, **fixed}):
                 warnings.warn(
                     f"the model asks for values of its inputs ({choice}); compiled for inputs that decide as random "
                     "ones do",
                     TNCompileWarning,
                     stacklevel=2,
                 )
-            _call_by(module, [*examples])
-            fixed = {}
         return _traced(module, tensors, examples, fixed, sizes)
     except UnsupportedError as error:
         shown = " ".join(f'--input "{spec}"' for spec in named)
@@ -59,7 +57,6 @@ def _traced(
     order = [name for name in parameters_of(module) if name in examples or name in fixed]
     values = {**examples, **fixed}
     leading = [name for name, known in zip(parameters_of(module), order, strict=False) if name == known]
-    leading = leading[: next((k for k, name in enumerate(parameters_of(module)) if name not in leading), None)]
     args = tuple(values[name] for name in leading)
     kwargs = {name: values[name] for name in order if name not in leading} or None
 
@@ -67,8 +64,7 @@ def _traced(
         found: dict[str, Any] = dict.fromkeys(order)
         for spec in specs:
             found[spec.name] = {axis: dims[d] for axis, d in enumerate(spec.dims) if isinstance(d, str)} or None
-        variadic = _variadic(module)
-        return {variadic: tuple(found.values())} if variadic else found
+        return found
 
     dims = {name: torch.export.Dim(name) for name in sizes}
     if not dims:
@@ -100,28 +96,20 @@ def _dynamic(program: torch.export.ExportedProgram, specs: Sequence[InputSpec]) 
     ]
     inputs = [v for v in values if isinstance(v, torch.Tensor)]
     return {
-        d
+        str(d)
         for spec, value in zip(specs, inputs, strict=False)
         for d, size in zip(spec.dims, value.shape, strict=False)
         if isinstance(d, str) and not isinstance(size, int)
     }
 
 
-def _variadic(module: torch.nn.Module) -> str:
-    """The name of ``*args`` where `forward` has that alone."""
-    kinds = {n: p.kind for n, p in inspect.signature(module.forward).parameters.items()}
-    return next((n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_POSITIONAL), "")
-
-
 def _named(module: torch.nn.Module, specs: Sequence[InputSpec]) -> list[InputSpec]:
     """The specs with the names of `forward`'s arguments. Other names, for all of its tensors, become theirs."""
-    parameters = module.arguments if isinstance(module, Scripted) else parameters_of(module)
+    if is_variadic(module):
+        _rename(module, [s.name or f"input_{k}" for k, s in enumerate(specs)])
+    parameters = parameters_of(module)
     names = [*parameters]
-    needed = [
-        n
-        for n, default in parameters.items()
-        if (default[1] if isinstance(default, tuple) else default) is inspect.Parameter.empty
-    ]
+    needed = [n for n, default in parameters.items() if default is inspect.Parameter.empty]
     if len({s.name for s in specs if s.name}) < sum(bool(s.name) for s in specs):
         raise LoadError("an input is given twice; give each one --input")
     free = [n for n in names if n not in {s.name for s in specs}]
@@ -142,31 +130,15 @@ def _named(module: torch.nn.Module, specs: Sequence[InputSpec]) -> list[InputSpe
         result.append(replace(spec, name=name))
     missing = [n for n in needed if n not in {s.name for s in result}]
     if missing:
-        raise LoadError("the model needs further inputs; add " + " ".join(_flag(n, parameters[n]) for n in missing))
-    if renamed and not isinstance(module, Scripted):
-        _call_by(module, [renamed.get(n, n) for n in names])
+        raise LoadError("the model needs further inputs; add " + " ".join(flag_for(module, n) for n in missing))
+    if renamed:
+        _rename(module, [renamed.get(n, n) for n in names])
     return [replace(s, name=renamed.get(s.name, s.name)) for s in sorted(result, key=lambda s: names.index(s.name))]
 
 
-def _flag(name: str, parameter: Any) -> str:
-    kind = parameter[0] if isinstance(parameter, tuple) else "Tensor"
-    return f'--input "{name}:float32[batch,...]"' if "Tensor" in kind else f"--input {name}=VALUE ({kind})"
-
-
-def _call_by(module: torch.nn.Module, names: Sequence[str]) -> None:
-    """Let the arguments of a module's `forward` have these names, which torch.export gives its inputs."""
-    forward = module.forward
-    old = [*inspect.signature(forward).parameters.values()]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    defaults = [p.default for p in old] if len(old) == len(names) else [inspect.Parameter.empty] * len(names)
-    originals = [p.name for p in old]
-
-    def renamed(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **{originals[names.index(k)]: v for k, v in kwargs.items()})
-
-    parameters = [inspect.Parameter(n, kind, default=d) for n, d in zip(names, defaults, strict=True)]
-    renamed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    module.forward = renamed  # type: ignore[assignment]
+def _rename(module: torch.nn.Module, names: Sequence[str]) -> None:
+    """Let torch.export call the inputs of a module by these names."""
+    module.forward = under_names(module.forward, inspect.signature(module.forward), names)
 
 
 def _examples(specs: Sequence[InputSpec], sizes: dict[str, int], below: int) -> dict[str, torch.Tensor]:

@@ -143,7 +143,7 @@ def _module_type() -> type[torch.nn.Module]:
 
 
 #: how each kind of file is loaded; all others are refused
-_LOADERS: Mapping[str, Callable[[Path, LoadOptions], Any]] = {
+_LOADERS: Mapping[str, Callable[[Path, LoadOptions], torch.export.ExportedProgram]] = {
     "exported program": _exported,
     "TorchScript": _script,
     "pickle": _pickle,

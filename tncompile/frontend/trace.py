@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -81,13 +82,24 @@ def _bound(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
 
 
 def _export(module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), silence():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UnsupportedError(f"torch.export cannot trace {type(module).__name__}: {first}") from error
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep torch from logging what is raised as well."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from tncompile.errors import LoadError
+from tncompile.frontend.files.legacy import object_span
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # how torch.save's files began before they were archives
 _LARGEST_PICKLE = 1 << 28  # bytes of a model's structure; its tensors are apart
 _PLAIN = ("torch._utils.", "torch.", "collections.OrderedDict", "collections.Counter")
 
@@ -84,17 +84,9 @@ def _detect_zip(path: Path) -> str:
 
 
 def _detect_legacy(file: IO[bytes]) -> str:
-    """torch's old format is a row of pickles: a magic number, a version, the system, and then the object."""
-    try:
-        if [arg for op, arg, _ in pickletools.genops(file) if op.name.startswith("LONG")] != [_LEGACY_MAGIC]:
-            return "plain pickle"
-        for _ in range(2):
-            for _ in pickletools.genops(file):
-                pass
-        data = file.read(_LARGEST_PICKLE)
-    except Exception:  # not a whole pickle: no more is to be known
-        return "plain pickle"
-    return _kind_of_pickle(data)
+    data = file.read()
+    span = object_span(data)
+    return "plain pickle" if span is None else _kind_of_pickle(data[slice(*span)])
 
 
 def _kind_of_pickle(data: bytes) -> str:
@@ -115,7 +107,7 @@ def globals_of(data: bytes) -> Iterator[str]:
     strings: list[str] = []
     for op, arg, _ in pickletools.genops(io.BytesIO(data)):
         if op.name in ("GLOBAL", "INST"):
-            yield str(arg).replace(" ", ".")
+            yield str(arg).replace(" ", ".").replace("__builtin__.", "builtins.")
         elif op.name == "STACK_GLOBAL":
             yield ".".join(strings[-2:]) if len(strings) > 1 else "?"
         elif op.name.startswith("EXT"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import warnings
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tncompile.errors import LoadError
 from tncompile.frontend.files.inputs import InputSpec
+from tncompile.frontend.trace import silence
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +74,7 @@ def check_inputs(program: torch.export.ExportedProgram, inputs: Sequence[InputSp
         )
         if spec.fixed or dtype != spec.dtype or not fits:
             shown = ",".join("dynamic" if size is None else str(size) for size in sizes)
-            raise LoadError(
-                f"its input {name} is {dtype}[{shown}], not {spec}; leave out --input: the file has its shapes"
-            )
+            raise LoadError(f"its input {name} is {dtype}[{shown}], not {spec}; leave out --input")
 
 
 # the parts of an exported program that hold no code; compiled or pickled parts are not among them
@@ -159,14 +157,11 @@ def _quiet_and_safe() -> Iterator[None]:
     """Make every torch.load inside use the restricted unpickler, and keep torch's reader from logging."""
     key, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ[key] = "1"
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), silence():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
         if before is None:
             del os.environ[key]
         else:

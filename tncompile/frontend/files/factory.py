@@ -41,9 +41,7 @@ def build(factory: str | Callable[[], Any]) -> torch.nn.Module:
                 f"--model {factory}: calling it without arguments fails: {type(error).__name__}: {reason}"
             ) from error
     if not isinstance(module, torch.nn.Module):
-        raise LoadError(
-            f"--model {factory}: gives {type(module).__name__}, not a torch.nn.Module; name a function or class that makes one"
-        )
+        raise LoadError(f"--model {factory}: gives {type(module).__name__}, not a torch.nn.Module; name what makes one")
     return module
 
 

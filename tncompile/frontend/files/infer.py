@@ -10,22 +10,24 @@ import torch
 
 from tncompile.errors import LoadError
 from tncompile.frontend.files.inputs import InputSpec
+from tncompile.frontend.names import parameters_of
+from tncompile.frontend.script.module import Scripted
 
 #: sizes a user must fill in, after batch and channels
 _SPATIAL: Mapping[str, str] = {"1d": "LENGTH", "2d": "HEIGHT,WIDTH", "3d": "DEPTH,HEIGHT,WIDTH"}
 
 
-def parameters_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The arguments of `forward` and their defaults (`inspect.Parameter.empty` where there is none), no ``**kwargs``."""
-    signature = inspect.signature(module.forward)
-    return {n: p.default for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+def flag_for(module: torch.nn.Module, name: str) -> str:
+    """The flag that gives an input, with what is left to fill in."""
+    kind = module.types[name] if isinstance(module, Scripted) else "Tensor"
+    return f'--input "{name}:float32[batch,...]"' if "Tensor" in kind else f"--input {name}=VALUE (its type is {kind})"
 
 
 def infer(module: torch.nn.Module) -> InputSpec:
     """The one input of a module, where its first layer settles the shape. LoadError, with the flag, elsewhere."""
     needed = [name for name, default in parameters_of(module).items() if default is inspect.Parameter.empty]
     if len(needed) != 1:
-        flags = " ".join(f'--input "{name}:float32[batch,...]"' for name in needed)
+        flags = " ".join(flag_for(module, name) for name in needed)
         raise LoadError(f"the file does not say what shapes its inputs have; add {flags or '--input'} with your sizes")
     found = next(_layers(module), None)
     spec = None if found is None else _spec(needed[0], *found)
@@ -59,12 +61,11 @@ def _layers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.
 def _spec(name: str, kind: str, weight: torch.Tensor, layer: Any) -> InputSpec | None:
     dtype = str(weight.dtype).removeprefix("torch.")
     size = int(weight.shape[-1]) if weight.ndim else 0
-    if kind in ("Linear", "Bilinear", "LSTMCell", "GRUCell", "RNNCell") and kind != "Bilinear":
+    if kind in ("Linear", "LSTMCell", "GRUCell", "RNNCell"):
         return InputSpec(name, dtype, ("batch", size))
     if kind in ("LSTM", "GRU", "RNN", "MultiheadAttention"):
-        if kind != "MultiheadAttention" or weight.shape[0] == 3 * size:
-            first = bool(getattr(layer, "batch_first", False))
-            return InputSpec(name, dtype, ("batch", "seq", size) if first else ("seq", "batch", size))
+        first = bool(getattr(layer, "batch_first", False))
+        return InputSpec(name, dtype, ("batch", "seq", size) if first else ("seq", "batch", size))
     if kind == "Embedding":
         return InputSpec(name, "int64", ("batch", "seq"), limit=int(weight.shape[0]))
     if kind in ("BatchNorm1d", "InstanceNorm1d"):

@@ -10,8 +10,8 @@ from typing import Any
 from tncompile.errors import TNCompileError
 
 GRAMMAR = (
-    "write NAME:DTYPE[SIZES], like x:float32[batch,3,224,224], where a word is a dynamic size, ids:int64[batch,seq]<8000 "
-    "for whole numbers below 8000, or NAME=VALUE for a number that never changes"
+    "write NAME:DTYPE[SIZES], like x:float32[batch,3,224,224], where a word is a dynamic size, "
+    "ids:int64[batch,seq]<8000 for whole numbers below 8000, or NAME=VALUE for a number that never changes"
 )
 
 _DTYPES = {"float": "float32", "double": "float64", "half": "float16", "long": "int64", "int": "int32"}

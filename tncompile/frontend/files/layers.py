@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from tncompile.errors import LoadError
+from tncompile.frontend.files.legacy import CLASS_OF, class_of
 
 #: the modules of torch.nn whose layers compute with their parameters and nothing else
 _MODULES = "activation batchnorm channelshuffle container conv distance dropout flatten fold instancenorm linear "
@@ -47,9 +49,9 @@ def _layers() -> Iterator[tuple[str, type[torch.nn.Module]]]:
     for name in _MODULES.split():
         module = importlib.import_module(f"torch.nn.modules.{name}")
         for cls in vars(module).values():
-            if isinstance(cls, type) and issubclass(cls, torch.nn.Module) and cls.__module__ == module.__name__:
-                if not issubclass(cls, torch.nn.modules.lazy.LazyModuleMixin):
-                    yield f"{cls.__module__}.{cls.__qualname__}", cls
+            own = isinstance(cls, type) and cls.__module__ == module.__name__
+            if own and issubclass(cls, torch.nn.Module) and not issubclass(cls, LazyModuleMixin):
+                yield f"{cls.__module__}.{cls.__qualname__}", cls
 
 
 def _functions() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -70,7 +72,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = dict(_functions())
 def allowed() -> list[Any]:
     """For `torch.serialization.safe_globals`: a record in the place of each layer, a name for each function."""
     records = [(type(path.rpartition(".")[2], (Record,), {"path": path}), path) for path in LAYERS]
-    return [*records, *((Function(path), path) for path in FUNCTIONS)]
+    return [*records, (class_of, f"torch.{CLASS_OF}"), *((Function(path), path) for path in FUNCTIONS)]
 
 
 class Rebuild:
@@ -92,9 +94,8 @@ class Rebuild:
         if not isinstance(state, dict):
             raise _refused(path, "it has no attributes")
         layer = cls.__new__(cls)
-        layer.__setstate__(
-            {key: self._attribute(cls, key, value, path) for key, value in state.items() if key != "_flat_weights"}
-        )
+        attributes = {key: self._attribute(cls, key, value, path) for key, value in state.items()}
+        layer.__setstate__(attributes)  # type: ignore[no-untyped-call]
         self.done[id(record)] = layer
         return layer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 import zipfile
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 
 from tncompile.errors import LoadError
-from tncompile.frontend.files.detect import globals_of
+from tncompile.frontend.files.detect import detect, globals_of
 from tncompile.frontend.files.factory import importable_here
 from tncompile.frontend.files.layers import FUNCTIONS, LAYERS, Rebuild, Record, allowed
+from tncompile.frontend.files.legacy import object_span, without_sources
 
 SAFE = "or make a safe file where you trust it: tncompile.save(module, example_inputs, path)"
 
@@ -26,7 +28,8 @@ def read(path: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(allowed()):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            source = path if zipfile.is_zipfile(path) else io.BytesIO(without_sources(path.read_bytes()))
+            return torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, LoadError) as error:
         raise LoadError(
             f"{path}: {_why(path, error)}; add --trust-pickle if you trust where it comes from, {SAFE}"
@@ -55,7 +58,7 @@ def trusted(path: Path) -> Any:
     try:
         with importable_here(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if zipfile.is_zipfile(path) or _is_legacy(path):
+            if detect(path) != "plain pickle":
                 return torch.load(path, map_location="cpu", weights_only=False)
             with path.open("rb") as file:
                 return pickle.load(file)
@@ -77,12 +80,6 @@ def trusted(path: Path) -> Any:
         raise LoadError(f"{path}: unpickling it fails: {type(error).__name__}: {reason}") from error
 
 
-def _is_legacy(path: Path) -> bool:
-    from tncompile.frontend.files.detect import detect
-
-    return detect(path) != "plain pickle"
-
-
 def _why(path: Path, error: Exception) -> str:
     """What the file would import that is not torch's own."""
     foreign = sorted(
@@ -93,7 +90,9 @@ def _why(path: Path, error: Exception) -> str:
         return (
             f"a pickle that uses {names}: code beside torch's own layers could run when it is opened, so it is refused"
         )
-    reason = str(error).strip().split("\n")[0]
+    if not zipfile.is_zipfile(path) and object_span(path.read_bytes()) is None:
+        return "a plain pickle, which could run code when it is opened, so it is refused"
+    reason = str(error.__cause__ or error).strip().split("WeightsUnpickler error: ")[-1].split("\n")[0]
     return f"a pickle that could run code when it is opened, so it is refused ({reason[:160]})"
 
 
@@ -106,7 +105,8 @@ def _is_plain(name: str) -> bool:
 def _globals(path: Path) -> list[str]:
     try:
         if not zipfile.is_zipfile(path):
-            return []
+            data = path.read_bytes()
+            return [*globals_of(data[slice(*(object_span(data) or (0, len(data))))])]
         with zipfile.ZipFile(path) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
             return [*globals_of(archive.read(name))]

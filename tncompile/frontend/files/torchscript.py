@@ -15,7 +15,8 @@ from tncompile.frontend.files.detect import globals_of
 #: the parts that torch.jit.load reads; compiled code for phones and lists of lines stay behind
 _PARTS = re.compile(r"(data|constants)\.pkl|(data|constants)/\d+|code/[\w./]+\.py|version|byteorder|\.data/\w+")
 _LEFT = re.compile(
-    r"extra/.*|.*\.debug_pkl|bytecode\.pkl|bytecode/.*|(mobile_)?debug.*|\.format_version|\.storage_alignment|attributes\.pkl|.*/"
+    r"extra/.*|.*\.debug_pkl|bytecode\.pkl|bytecode/.*|(mobile_)?debug.*|traced_inputs(\.pkl|/\d+)"
+    r"|\.format_version|\.storage_alignment|attributes\.pkl|.*/"
 )
 _SAFER = "export the module that it was made from: tncompile.save(module, example_inputs, path)"
 
@@ -24,7 +25,9 @@ def load_script(path: Path, trust: bool) -> torch.jit.ScriptModule:
     """The module in evaluation mode. LoadError where it is damaged or, unless trusted, where loading it runs code."""
     try:
         source = str(path) if trust else _checked_copy(path)
-        script = torch.jit.load(source, map_location="cpu")
+        script: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
+            source, map_location="cpu"
+        )
     except LoadError:
         raise
     except Exception as error:  # whatever a damaged archive makes torch's reader raise
@@ -61,7 +64,8 @@ def _checked_copy(path: Path) -> io.BytesIO:
             reason = _harmful(part, data)
             if reason:
                 raise LoadError(
-                    f"{path}: a TorchScript file that {reason} when it is read, which is refused; add --trust-pickle if you trust where it comes from, or {_SAFER}"
+                    f"{path}: a TorchScript file that {reason} when it is read, so it is refused; add --trust-pickle "
+                    f"if you trust where it comes from, or {_SAFER}"
                 )
             checked.writestr(name, data)
     copy.seek(0)

@@ -34,9 +34,10 @@ def safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path, device="cpu")
+        weights: dict[str, torch.Tensor] = load_file(path, device="cpu")
     except Exception as error:  # SafetensorError is no public class of a stable place
         raise LoadError(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
+    return weights
 
 
 def sharded(index: Path) -> dict[str, torch.Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from tncompile.errors import UnsupportedError
+from tncompile.frontend.names import under_names
 from tncompile.frontend.script.run import Answers, Graph, Path, Runner
 
 
@@ -16,8 +17,7 @@ class Scripted(torch.nn.Module):
     """`forward` of a TorchScript module, with parameters and buffers under their names.
 
     A call starts from the state that the module was saved in, and what it writes to attributes ends with it.
-    `arguments` has what each argument but the module itself is called, its type as TorchScript writes it, and its
-    default (`inspect.Parameter.empty` where it has none).
+    `signature` has the arguments under their names; `types` what TorchScript says of each.
     """
 
     def __init__(self, script: torch.jit.ScriptModule) -> None:
@@ -25,68 +25,57 @@ class Scripted(torch.nn.Module):
         self.__dict__["script"] = script  # no submodule: its tensors are registered below
         self.graph = Graph(script.forward)
         self.answers = Answers()
-        self.fixed: Mapping[str, Any] = {}
         self.written: set[str] = set()
-        schema = next(s for s in [script._c._get_method("forward").schema])
-        self.arguments = {
-            a.name: (str(a.type), a.default_value if a.has_default_value() else inspect.Parameter.empty)
-            for a in schema.arguments[1:]
-        }
+        arguments = script._c._get_method("forward").schema.arguments[1:]
+        self.types = {a.name: str(a.type) for a in arguments}
+        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+        self.signature = inspect.Signature(
+            [
+                inspect.Parameter(a.name, kind, default=a.default_value if a.has_default_value() else empty)
+                for a in arguments
+            ]
+        )
+        self.forward = under_names(self._run, self.signature, [*self.types])
         for path, parameter in script.named_parameters():
             _register(self, path, parameter)
         for path, buffer in script.named_buffers():
             _register(self, path, buffer)
 
-    def forward(self, *inputs: Any) -> Any:
-        """Outputs for the arguments that are not fixed, in their order."""
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
         self.answers.next = 0
-        copies: dict[str, torch.Tensor] = {}
+        copies: dict[str, Any] = {}
 
         def attribute(path: str) -> Any:
+            """What was saved; a copy of a tensor that the call writes to in place, or may for all that is known."""
             value = self._attribute(path)
-            if path in self.written:  # the call writes to it in place: to a copy
-                value = copies.setdefault(path, value.clone())
+            if isinstance(value, torch.Tensor) and (self.answers.recording or path in self.written):
+                value = copies[path] = value.detach().clone()
             return value
 
-        return Runner(self.graph, attribute, self.answers).call(self._all(inputs))
+        result = Runner(self.graph, attribute, self.answers).call(bound.arguments.values())
+        if self.answers.recording:  # a fresh copy has been written to 0 times
+            self.written = {path for path, value in copies.items() if value._version != 0}
+        return result
 
-    def record(self, inputs: Sequence[torch.Tensor]) -> list[str]:
+    def record(self, inputs: Mapping[str, Any]) -> list[str]:
         """Run once with real numbers; which choices of the model hung on the values of the inputs.
 
         Tracing then takes the same ways. UnsupportedError where the module cannot run.
         """
-        self.answers = Answers(tainted={id(t): t for t in inputs})
-        seen: dict[str, tuple[torch.Tensor, int]] = {}
-
-        def attribute(path: str) -> Any:
-            value = self._attribute(path)
-            if isinstance(value, torch.Tensor):
-                value = value.detach().clone()
-                seen[path] = value, value._version
-            return value
-
+        self.answers = Answers(tainted={id(t): t for t in inputs.values() if isinstance(t, torch.Tensor)})
         try:
             with torch.no_grad():
-                Runner(self.graph, attribute, self.answers).call(self._all(inputs))
+                self(**inputs)
         except UnsupportedError:
             raise
         except Exception as error:  # whatever torch's operators raise for inputs that do not fit
-            reason = str(error).strip().splitlines()
-            raise UnsupportedError(
-                f"the model does not run on inputs of these shapes: {reason[0] if reason else type(error).__name__}"
-            ) from error
-        self.written = {path for path, (value, version) in seen.items() if value._version != version}
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UnsupportedError(f"the model does not run on inputs of these shapes: {reason}") from error
         self.answers.recording = False
         self.answers.tainted = {}
         return list(dict.fromkeys(self.answers.inputs))
-
-    def _all(self, inputs: Sequence[Any]) -> list[Any]:
-        """Every argument: the fixed ones, those given, defaults for the rest."""
-        given = iter(inputs)
-        return [
-            self.fixed[name] if name in self.fixed else next(given, default)
-            for name, (_, default) in self.arguments.items()
-        ]
 
     def _attribute(self, path: str) -> Any:
         own: Any = self

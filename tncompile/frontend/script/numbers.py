@@ -15,7 +15,7 @@ def _integer(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, (str, bool)) else torch.sym_float(value)
+    return float(value) if isinstance(value, (str, bool)) else torch.sym_float(value)  # type: ignore[no-untyped-call]
 
 
 def _append(items: list[Any], item: Any) -> list[Any]:
