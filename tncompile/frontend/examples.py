@@ -13,7 +13,7 @@ import torch
 from tncompile.errors import LoadError, TNCompileWarning, UnsupportedError
 from tncompile.frontend.files.infer import flag_for, highest_index, infer
 from tncompile.frontend.files.inputs import InputSpec, example_sizes
-from tncompile.frontend.names import is_variadic, parameters_of, under_names
+from tncompile.frontend.names import is_variadic, parameters_of, under_names, with_fixed
 from tncompile.frontend.script.module import Scripted
 from tncompile.frontend.trace import trace
 
@@ -30,16 +30,18 @@ def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> t
     fixed = {spec.name: spec.value for spec in named if spec.fixed}
     tensors = [spec for spec in named if not spec.fixed]
     examples = _examples(tensors, sizes, highest_index(module))
+    if fixed:
+        module.forward = with_fixed(module.forward, fixed)
     try:
         if isinstance(module, Scripted):
-            for choice in module.record({**examples, **fixed}):
+            for choice in module.record(examples):
                 warnings.warn(
                     f"the model asks for values of its inputs ({choice}); compiled for inputs that decide as random "
                     "ones do",
                     TNCompileWarning,
                     stacklevel=2,
                 )
-        return _traced(module, tensors, examples, fixed, sizes)
+        return _traced(module, tensors, examples, sizes)
     except UnsupportedError as error:
         shown = " ".join(f'--input "{spec}"' for spec in named)
         hint = f"traced with {shown}" if given else f"traced with {shown}, told from its first layer; give others"
@@ -50,15 +52,13 @@ def _traced(
     module: torch.nn.Module,
     specs: Sequence[InputSpec],
     examples: dict[str, torch.Tensor],
-    fixed: dict[str, Any],
     sizes: dict[str, int],
 ) -> torch.export.ExportedProgram:
     """With the named sizes dynamic; else as many of them as torch manages; else with none."""
-    order = [name for name in parameters_of(module) if name in examples or name in fixed]
-    values = {**examples, **fixed}
+    order = [name for name in parameters_of(module) if name in examples]
     leading = [name for name, known in zip(parameters_of(module), order, strict=False) if name == known]
-    args = tuple(values[name] for name in leading)
-    kwargs = {name: values[name] for name in order if name not in leading} or None
+    args = tuple(examples[name] for name in leading)
+    kwargs = {name: examples[name] for name in order if name not in leading} or None
 
     def shapes(dims: dict[str, Any]) -> Any:
         found: dict[str, Any] = dict.fromkeys(order)

@@ -45,13 +45,8 @@ def load(path: str | os.PathLike[str], options: LoadOptions | None = None) -> to
     loader = _LOADERS.get(kind)
     if loader is None:
         raise LoadError(f"{path}: {_refusal(kind)}")
-    if options.model is not None and kind not in _WEIGHTS:
-        raise LoadError(f"{path}: {_NAMES[kind]}, which is a model already; leave out --model")
-    if options.model is None and kind in _WEIGHTS:
-        raise LoadError(
-            f"{path}: {_NAMES[kind]}, weights without a model; add --model package.module:factory, the function or "
-            "class that makes the module"
-        )
+    if options.model is None and kind in _WEIGHTS:  # before they are read
+        raise LoadError(f"{path}: {_NAMES[kind]}, {_NO_MODEL}")
     try:
         return loader(path, options)
     except TNCompileError as error:
@@ -66,24 +61,21 @@ def load(path: str | os.PathLike[str], options: LoadOptions | None = None) -> to
 def _exported(path: Path, options: LoadOptions) -> torch.export.ExportedProgram:
     from tncompile.frontend.files.exported import check_inputs, load_exported
 
+    _no_factory(options)
     program = load_exported(path)
     check_inputs(program, options.inputs)
     return program
 
 
 def _pickle(path: Path, options: LoadOptions) -> torch.export.ExportedProgram:
-    from tncompile.frontend.files.pickled import module_of, read, trusted
+    import torch
 
-    content = trusted(path) if options.trust_pickle else read(path)
-    module = content if options.trust_pickle else module_of(content, path)
-    if isinstance(module, _module_type()):
-        return _traced(module, options)
+    from tncompile.frontend.files.pickled import contents
+
+    content = contents(path, options.trust_pickle)
+    if isinstance(content, torch.nn.Module):
+        return _own(content, options)
     if isinstance(content, Mapping):
-        inside = [
-            v for k, v in content.items() if isinstance(v, _module_type()) and k in ("model", "module", "net", "ema")
-        ]
-        if inside:
-            return _traced(inside[0], options)
         return _weights(path, content, options)
     raise LoadError(f"holds {type(content).__name__}, not a module; save the model: {SAVE}")
 
@@ -116,7 +108,7 @@ def _script(path: Path, options: LoadOptions) -> torch.export.ExportedProgram:
     from tncompile.frontend.files.torchscript import load_script
     from tncompile.frontend.script.module import Scripted
 
-    return _traced(Scripted(load_script(path, options.trust_pickle)), options)
+    return _own(Scripted(load_script(path, options.trust_pickle)), options)
 
 
 def _filled(path: Path, weights: Mapping[str, torch.Tensor], options: LoadOptions) -> torch.export.ExportedProgram:
@@ -124,22 +116,26 @@ def _filled(path: Path, weights: Mapping[str, torch.Tensor], options: LoadOption
     from tncompile.frontend.files.weights import fill
 
     if options.model is None:
-        raise LoadError("weights without a model; add --model package.module:factory")
+        raise LoadError(f"holds {_NO_MODEL}")
     module = build(options.model)
     fill(module, weights, path)
     return _traced(module, options)
+
+
+def _own(module: torch.nn.Module, options: LoadOptions) -> torch.export.ExportedProgram:
+    _no_factory(options)
+    return _traced(module, options)
+
+
+def _no_factory(options: LoadOptions) -> None:
+    if options.model is not None:
+        raise LoadError("holds a model, not only weights; leave out --model")
 
 
 def _traced(module: torch.nn.Module, options: LoadOptions) -> torch.export.ExportedProgram:
     from tncompile.frontend.examples import trace_on_examples
 
     return trace_on_examples(module.eval(), options.inputs)
-
-
-def _module_type() -> type[torch.nn.Module]:
-    import torch
-
-    return torch.nn.Module
 
 
 #: how each kind of file is loaded; all others are refused
@@ -152,12 +148,9 @@ _LOADERS: Mapping[str, Callable[[Path, LoadOptions], torch.export.ExportedProgra
     "safetensors": _safetensors,
     "index": _index,
 }
+_NO_MODEL = "weights without a model; add --model package.module:factory, the function or class that makes the module"
 _WEIGHTS = ("state_dict", "safetensors", "index")
 _NAMES = {
-    "exported program": "an exported program",
-    "TorchScript": "a TorchScript file",
-    "pickle": "a pickle",
-    "plain pickle": "a pickle",
     "state_dict": "a state_dict",
     "safetensors": "a safetensors file",
     "index": "an index of files of weights",

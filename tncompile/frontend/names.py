@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,3 +36,19 @@ def under_names(function: Callable[..., Any], signature: inspect.Signature, name
 
     renamed.__signature__ = signature.replace(parameters=new)  # type: ignore[attr-defined]
     return renamed
+
+
+def with_fixed(function: Callable[..., Any], values: Mapping[str, Any]) -> Callable[..., Any]:
+    """A function that takes what is left when some arguments always have these values."""
+    signature = inspect.signature(function)
+    left = [p for p in signature.parameters.values() if p.name not in values]
+
+    def fixed(*args: Any, **kwargs: Any) -> Any:
+        given = fixed.__signature__.bind(*args, **kwargs).arguments  # type: ignore[attr-defined]
+        bound = signature.bind_partial()
+        bound.arguments.update({**values, **given})
+        bound.apply_defaults()
+        return function(*bound.args, **bound.kwargs)
+
+    fixed.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
+    return fixed

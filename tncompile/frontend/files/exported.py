@@ -30,9 +30,8 @@ _SIZE_FUNCTIONS |= {"ModularIndexing", "Where", "PowByNatural", "CeilToInt", "Fl
 def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     """Load a file written by `torch.export.save`.
 
-    Raises LoadError, with the file's name and what to do, where it is damaged or holds code. No code from the file runs:
-    pickled parts go through torch's restricted unpickler, and size expressions are checked before they are
-    parsed.
+    Raises LoadError, with the file's name and what to do, where it is damaged or holds code. No code from the file
+    runs: pickled parts go through torch's restricted unpickler, and sizes are checked before they are parsed.
     """
     import torch
 

@@ -6,6 +6,7 @@ import io
 import pickle
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tncompile.frontend.files.layers import FUNCTIONS, LAYERS, Rebuild, Record, 
 from tncompile.frontend.files.legacy import object_span, without_sources
 
 SAFE = "or make a safe file where you trust it: tncompile.save(module, example_inputs, path)"
+#: where training scripts keep a module inside a checkpoint, the best one first
+_CHECKPOINT = ("ema", "model", "module", "net")
 
 
 def read(path: Path) -> Any:
@@ -39,12 +42,18 @@ def read(path: Path) -> Any:
         raise LoadError(f"{path}: truncated or corrupted ({reason}); copy or save it again") from error
 
 
-def module_of(content: Any, path: Path) -> torch.nn.Module | None:
-    """The module that `read` gave records of, None where it gave something else."""
-    if not isinstance(content, Record):
-        return None
+def contents(path: Path, trust: bool) -> Any:
+    """The module in the file, alone or in a checkpoint, or else what is in it. LoadError where it cannot be had."""
+    content = trusted(path) if trust else read(path)
+    if isinstance(content, Mapping):
+        modules = [content[key] for key in _CHECKPOINT if isinstance(content.get(key), (torch.nn.Module, Record))]
+        content = modules[0] if modules else content
+    return _layer(content, path) if isinstance(content, Record) else content
+
+
+def _layer(record: Record, path: Path) -> torch.nn.Module:
     try:
-        return Rebuild().layer(content)
+        return Rebuild().layer(record)
     except LoadError as error:
         raise LoadError(f"{path}: {error}; add --trust-pickle if you trust where it comes from, {SAFE}") from error
     except Exception as error:  # whatever torch's layers raise for a state that is not theirs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ _LEFT = re.compile(
     r"extra/.*|.*\.debug_pkl|bytecode\.pkl|bytecode/.*|(mobile_)?debug.*|traced_inputs(\.pkl|/\d+)"
     r"|\.format_version|\.storage_alignment|attributes\.pkl|.*/"
 )
+#: torch's own operators on files; the word alone is enough, so that no way to write a call escapes
+_TOUCHES_FILES = re.compile(rb"\b(save|from_file)\b")
 _SAFER = "export the module that it was made from: tncompile.save(module, example_inputs, path)"
 
 
@@ -25,9 +28,11 @@ def load_script(path: Path, trust: bool) -> torch.jit.ScriptModule:
     """The module in evaluation mode. LoadError where it is damaged or, unless trusted, where loading it runs code."""
     try:
         source = str(path) if trust else _checked_copy(path)
-        script: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
-            source, map_location="cpu"
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; files of it remain
+            script: torch.jit.ScriptModule = torch.jit.load(  # type: ignore[no-untyped-call]
+                source, map_location="cpu"
+            )
     except LoadError:
         raise
     except Exception as error:  # whatever a damaged archive makes torch's reader raise
@@ -74,8 +79,11 @@ def _checked_copy(path: Path) -> io.BytesIO:
 
 def _harmful(part: str, data: bytes) -> str:
     """What reading this part of an archive would run; "" for nothing."""
-    if part.endswith(".py") and b"__setstate__" in data:
-        return "runs code of its own (__setstate__)"
+    if part.endswith(".py"):
+        if b"__setstate__" in data:
+            return "runs code of its own (__setstate__)"
+        found = _TOUCHES_FILES.search(data)
+        return f"may read or write files (torch.{found[0].decode()})" if found else ""
     if part.endswith(".pkl"):
         for name in globals_of(data):
             if not name.startswith(
