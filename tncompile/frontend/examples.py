@@ -41,7 +41,7 @@ def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> t
                     TNCompileWarning,
                     stacklevel=2,
                 )
-        return _traced(module, tensors, examples, sizes)
+        return _traced(module, tensors, examples, sizes, given)
     except UnsupportedError as error:
         shown = " ".join(f'--input "{spec}"' for spec in named)
         hint = f"traced with {shown}" if given else f"traced with {shown}, told from its first layer; give others"
@@ -53,6 +53,7 @@ def _traced(
     specs: Sequence[InputSpec],
     examples: dict[str, torch.Tensor],
     sizes: dict[str, int],
+    given: bool,
 ) -> torch.export.ExportedProgram:
     """With the named sizes dynamic; else as many of them as torch manages; else with none."""
     order = [name for name in parameters_of(module) if name in examples]
@@ -78,15 +79,23 @@ def _traced(
     except UnsupportedError:
         program = trace(module, args, kwargs, None)
     kept = _dynamic(program, specs)
-    lost = ", ".join(f"{name} to {size}" for name, size in sizes.items() if name not in kept)
+    lost = [name for name in sizes if name not in kept]
+    if lost and not given:
+        asked = " ".join(f'--input "{_upper(spec, lost)}"' for spec in specs)
+        raise LoadError(f"the model fixes {' and '.join(lost)} when it is traced; add {asked} with your sizes")
     if lost:
+        fixed = ", ".join(f"{name} to {sizes[name]}" for name in lost)
         warnings.warn(
-            f"the model fixes {lost}: it cannot be traced otherwise; give the size you need, like [{lost.split()[0]}="
-            f"{sizes[lost.split()[0]]},...]",
+            f"the model fixes {fixed}: it cannot be traced otherwise; give the size that you need in its place",
             TNCompileWarning,
             stacklevel=3,
         )
     return program
+
+
+def _upper(spec: InputSpec, names: Sequence[str]) -> InputSpec:
+    """The spec with a place to fill in for each of these sizes."""
+    return replace(spec, dims=tuple(d.upper() if isinstance(d, str) and d in names else d for d in spec.dims))
 
 
 def _dynamic(program: torch.export.ExportedProgram, specs: Sequence[InputSpec]) -> set[str]:
@@ -99,7 +108,7 @@ def _dynamic(program: torch.export.ExportedProgram, specs: Sequence[InputSpec]) 
         str(d)
         for spec, value in zip(specs, inputs, strict=False)
         for d, size in zip(spec.dims, value.shape, strict=False)
-        if isinstance(d, str) and not isinstance(size, int)
+        if isinstance(d, str) and not str(size).isdigit()  # a size that was fixed may still be a SymInt
     }
 
 
