@@ -157,7 +157,7 @@ class Runner:
         return None if [*_tensors(plain)] else plain
 
     def _ask(self, node: Any, kind: str, args: list[Any], tensors: list[torch.Tensor]) -> Any:
-        """A number that hangs on values: taken as it is where torch knows it, else as the run with numbers had it."""
+        """A number that hangs on values: noted in the run with real numbers, and taken from there while tracing."""
         answers = self.answers
         if not answers.recording:
             answers.next += 1
