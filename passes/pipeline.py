@@ -13,6 +13,7 @@ from tncompile.passes.base import Context, Pass, PassReport
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
+from tncompile.passes.gathers import Gathers
 from tncompile.passes.layout import Layout
 from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
@@ -22,6 +23,7 @@ from tncompile.passes.stacks import Stacks
 DEFAULT: tuple[Pass, ...] = (
     Clean(),  # size-1 bonds and copies would hide which cores are adjacent, or which slices belong together
     Stacks(),  # what is taken apart and stacked again would part networks
+    Gathers(),  # while tables are networks yet: fold computes what depends on weights alone
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
     MergeCores(),  # leaves a smaller network to search
@@ -29,7 +31,7 @@ DEFAULT: tuple[Pass, ...] = (
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, MergeCores, Dense, Order, Layout, Limit)}
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Gathers, Fold, MergeCores, Dense, Order, Layout, Limit)}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program
 
