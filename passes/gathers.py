@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tncompile.ir import Index, Network, Node, Opaque, Program, Tensor, Term
+from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term
 from tncompile.ir.core import NETWORK_DTYPES, Axis
 from tncompile.ir.edit import CannotEdit, fresh, inline, unique_cores
 from tncompile.passes.base import Change, Context, Pass
-from tncompile.passes.positions import Gather, Position, Writer, gather_of, read
+from tncompile.passes.positions import EMBEDDING, Gather, Position, Writer, gather_of, read
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,16 @@ class Gathers(Pass):
     network y: y[batch, (e1 e2)] = a[batch, (e1 r)] b[batch, (r e2)]
     ```
 
-    1. The table depends on weights alone, and is a network of cores, or one weight gathered along any axis but its
-       first alone; the ids are integers of one shape known to be no mask.
-    2. The table has more numbers than its cores: else it is computed, and one gather from it is faster.
+    1. The table depends on weights alone; the ids are integers of one shape. Rows of one weight of two axes are an
+       embedding already, however they are written.
+    2. The table has more than `full` times as many numbers as its cores: else it is computed, as one gather from it is
+       faster.
     3. No gathered mode stands twice in a core or in the table.
 
     What each core's rows are merged with is left to `tables`.
     """
 
+    full: float = 1.0
     max_tensors: int = 256
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
@@ -43,6 +45,11 @@ class Gathers(Pass):
         nodes: list[Node] = []
         for node in program.nodes:
             gather = gather_of(node, program.values)
+            if gather is not None and isinstance(node, Opaque) and _is_lookup(gather, program):
+                nodes.append(
+                    replace(node, target=EMBEDDING, args=(Ref(gather.source), Ref(gather.ids[0].name)), kwargs=())
+                )
+                continue
             table = None if gather is None else self._table(gather, node, known, program)
             if gather is None or table is None or not isinstance(node, Opaque):
                 nodes.append(node)
@@ -54,15 +61,13 @@ class Gathers(Pass):
                     Change(node.output.name, f"{gather.source} is gathered from as a whole", str(reason), declined=True)
                 )
                 nodes.append(node)
-        if len(nodes) == len(program.nodes):
-            return program, changes
         return unique_cores(replace(program, nodes=tuple(nodes), weights=writer.weights)), changes
 
     def _table(self, gather: Gather, node: Node, nodes: Mapping[str, Node], program: Program) -> Network | None:
         """The network of cores that a gather reads from, as one."""
         weight = program.weights.get(gather.source)
         if weight is not None:
-            if str(weight.dtype) not in NETWORK_DTYPES or (gather.axes == (0,) and weight.ndim == 2):
+            if str(weight.dtype) not in NETWORK_DTYPES:
                 return None
             axes = tuple((Index(f"d{k}", size),) if size != 1 else () for k, size in enumerate(weight.shape))
             core = Tensor(gather.source, axes, weight)
@@ -90,8 +95,8 @@ class Gathers(Pass):
         """The nodes that take the place of a gather. CannotEdit where the table is better computed."""
         size = math.prod(int(i.size) for i in table.output.indices)
         elements = sum(a.size for a in {id(c.data): c.data for c in table.cores if c.data is not None}.values())
-        if len(table.cores) > 1 and size <= elements:
-            raise CannotEdit(f"its {size} numbers are no more than the {elements} of its cores, and one gather is enough")
+        if len(table.cores) > 1 and size <= self.full * elements:
+            raise CannotEdit(f"{size:,} numbers, of cores that have {elements:,}, and one gather is enough")
         modes = _positions(gather, table, nodes)
         taken = {*table.indices}
         places: list[Axis] = []
@@ -127,9 +132,13 @@ class Gathers(Pass):
         return [*added, Network(name, terms, Tensor(node.output.name, tuple(axes)), table.dtype, source)]
 
 
-def _positions(
-    gather: Gather, table: Network, nodes: Mapping[str, Node]
-) -> dict[str, tuple[Position, int]]:
+def _is_lookup(gather: Gather, program: Program) -> bool:
+    """Whether rows of a weight are gathered, which is an embedding however it is written."""
+    weight = program.weights.get(gather.source)
+    return weight is not None and weight.ndim == 2 and gather.axes == (0,) and str(weight.dtype) in NETWORK_DTYPES
+
+
+def _positions(gather: Gather, table: Network, nodes: Mapping[str, Node]) -> dict[str, tuple[Position, int]]:
     """Where in each gathered mode a row is, and the mode's size: by index name, outer modes first."""
     found: dict[str, tuple[Position, int]] = {}
     for axis, ids in zip(gather.axes, gather.ids, strict=True):
@@ -153,4 +162,3 @@ def _positions(
     if not found:
         raise CannotEdit("it is gathered from along an axis of size 1")
     return found
-

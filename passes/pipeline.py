@@ -19,6 +19,7 @@ from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
 from tncompile.passes.stacks import Stacks
+from tncompile.passes.tables import Tables
 
 DEFAULT: tuple[Pass, ...] = (
     Clean(),  # size-1 bonds and copies would hide which cores are adjacent, or which slices belong together
@@ -27,11 +28,15 @@ DEFAULT: tuple[Pass, ...] = (
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
     MergeCores(),  # leaves a smaller network to search
+    Tables(),  # after what needs no search, as it weighs what is left
+    Clean(),  # gathers that nothing reads any more
     Order(),  # its schedules fit the networks as they now are: only what knows of them may follow
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Gathers, Fold, MergeCores, Dense, Order, Layout, Limit)}
+PASSES: dict[str, type[Pass]] = {
+    p.name(): p for p in (Clean, Stacks, Gathers, Fold, MergeCores, Tables, Dense, Order, Layout, Limit)
+}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program
 

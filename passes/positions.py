@@ -82,6 +82,17 @@ def gather_of(node: Node, values: Mapping[str, Value]) -> Gather | None:
     return Gather(source, axes, known, axes[0] if together else 0)
 
 
+def tables_of(program: Program) -> dict[str, tuple[str, Array]]:
+    """Names and arrays of the weights of two axes that rows are gathered from, by the value of the rows."""
+    found = {}
+    for node in program.nodes:
+        if isinstance(node, Opaque) and node.target == EMBEDDING and isinstance(node.args[0], Ref):
+            name = node.args[0].name
+            if name in program.weights and program.weights[name].ndim == 2:
+                found[node.output.name] = (name, program.weights[name])
+    return found
+
+
 class Writer:
     """Adds gathers of rows, and the arithmetic on ids that they need, before a node of a program; each once."""
 

@@ -31,7 +31,7 @@ from torch.export.graph_signature import (
 
 from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Arg, Constant, Dim, Node, Opaque, Program, Ref, dims
+from tncompile.ir import Arg, Constant, Dim, Opaque, Program, Ref, dims
 
 OPSET = 20
 DOMAIN = "tncompile"
