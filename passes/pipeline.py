@@ -19,6 +19,7 @@ from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
 from tncompile.passes.stacks import Stacks
+from tncompile.passes.steps import Steps
 from tncompile.passes.tables import Tables
 
 DEFAULT: tuple[Pass, ...] = (
@@ -27,6 +28,7 @@ DEFAULT: tuple[Pass, ...] = (
     Gathers(),  # while tables are networks yet: fold computes what depends on weights alone
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
+    Steps(),  # of whole layers: before, their parts are networks of their own
     MergeCores(),  # leaves a smaller network to search
     Tables(),  # after what needs no search, as it weighs what is left
     Clean(),  # gathers that nothing reads any more
@@ -35,7 +37,7 @@ DEFAULT: tuple[Pass, ...] = (
 )
 
 PASSES: dict[str, type[Pass]] = {
-    p.name(): p for p in (Clean, Stacks, Gathers, Fold, MergeCores, Tables, Dense, Order, Layout, Limit)
+    p.name(): p for p in (Clean, Stacks, Gathers, Fold, Steps, MergeCores, Tables, Dense, Order, Layout, Limit)
 }
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program

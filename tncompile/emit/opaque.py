@@ -110,8 +110,20 @@ def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedP
 
 
 def _relaid(program: Program, traced: TracedModel, meta: dict[str, Any], mode: Any) -> dict[str, dict[str, Any]]:
-    """The meta of values that have another shape than was traced, as their modes lie in another order."""
+    """The meta of values that were not traced, or have another shape than was, as their modes lie in another order."""
     found = {}
+    known = {
+        dim: size
+        for value in traced.program.values.values()
+        if value.shape is not None and value.name in meta
+        for dim, size in zip(value.shape, meta[value.name]["val"].shape, strict=True)
+    }
+    for node in program.nodes:
+        shape = node.value.shape
+        if not isinstance(node, Opaque) and node.value.name not in meta and shape is not None:
+            with mode:
+                dtype = getattr(torch, node.value.dtype)
+                found[node.value.name] = {"val": torch.empty([_run_time_size(d, known) for d in shape], dtype=dtype)}
     for name, value in program.values.items():
         before = traced.program.values.get(name)
         if before is None or before.shape is None or value.shape is None or before.shape == value.shape:
