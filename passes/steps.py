@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
 from tncompile.ir.edit import fresh
 from tncompile.passes.base import Change, Context, Pass
+from tncompile.passes.plans import Limits, candidates
 from tncompile.passes.stacks import SELECT
 
 
@@ -27,7 +28,7 @@ class Steps(Pass):
 
     1. A term has cores and one operand, which is a selection along an axis of one value; terms of other networks apply
        the same cores to the same modes of other selections along it.
-    2. At least half of all positions along the axis are read, so that little is computed for nothing.
+    2. That is predicted faster at every batch size, all positions along the axis counted, read or not.
     """
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
@@ -47,9 +48,16 @@ class Steps(Pass):
             source = program.values[uses[0].source]
             size = (source.shape or ())[uses[0].axis]
             positions = {use.position for use in uses}
-            if not isinstance(size, int) or len(positions) < 2 or 2 * len(positions) < size:
+            if not isinstance(size, int) or len(positions) < 2:
                 continue
             whole = _whole(uses[0], size, fresh(f"{uses[0].network.output.name}_steps", taken))
+            one = _seconds(replace(uses[0].network, terms=(uses[0].term,)), context)
+            once = _seconds(whole, context)
+            what = f"{len(uses[0].term.cores)} cores meet {len(positions)} slices of {source.name}"
+            if any(a > b * len(positions) for a, b in zip(once, one, strict=True)):
+                why = f"at once predicted {once[-1] * 1e6:,.3g} µs, one by one {one[-1] * len(positions) * 1e6:,.3g}"
+                changes.append(Change(uses[0].network.output.name, f"{what} one by one", why, declined=True))
+                continue
             taken.add(whole.output.name)
             before.setdefault(uses[0].network.output.name, []).append(whole)
             for use in uses:
@@ -60,9 +68,15 @@ class Steps(Pass):
                 before.setdefault(use.network.output.name, []).append(select)
                 shown = tuple((i,) for i in _shown(use.network, use.term))
                 terms[use.network.output.name, use.number] = Term((Tensor(value.name, shown),))
-            what = f"{len(use.term.cores)} cores meet {len(positions)} slices of {source.name} at once"
-            changes.append(Change(whole.output.name, what, "the same cores on every slice"))
+            why = f"predicted {once[-1] * 1e6:,.3g} µs, one by one {one[-1] * len(positions) * 1e6:,.3g}"
+            changes.append(Change(whole.output.name, f"{what} at once", why))
         return replace(program, nodes=tuple(_rewritten(program.nodes, before, terms))), changes
+
+
+def _seconds(network: Network, context: Context) -> list[float]:
+    """Predicted seconds of a network of one term at each batch size."""
+    ways = candidates(network, network.terms[0], context, Limits(2, 1))
+    return [min(way.seconds[k] for way in ways) for k in range(len(context.batches))]
 
 
 def _rewritten(

@@ -307,7 +307,7 @@ def _headlines(value: str, passes: Sequence[PassReport]) -> tuple[str, ...]:
     """What the passes made of one network, in a few words; the report has every change."""
     changes = [(p.name, c) for p in passes for c in p.changes if c.network == value and not c.declined]
     lines = [c.what for name, c in changes if name == "fold" and c.what.endswith("composed")]
-    lines += [f"{c.what} ({c.why})" for name, c in changes if name in ("gathers", "tables")]
+    lines += [f"{c.what} ({c.why})" for name, c in changes if name in ("gathers", "steps", "tables")]
     merged = [c.what for name, c in changes if name == "merge_cores"]
     lines += merged if len(merged) <= 2 else [f"{len(merged)} merges of adjacent cores"]
     lines += [f"{_brief(c.what)} ({c.why})" if c.why else _brief(c.what) for name, c in changes if name == "order"]
