@@ -13,23 +13,32 @@ from tncompile.passes.base import Context, Pass, PassReport
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
+from tncompile.passes.gathers import Gathers
 from tncompile.passes.layout import Layout
 from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
 from tncompile.passes.stacks import Stacks
+from tncompile.passes.steps import Steps
+from tncompile.passes.tables import Tables
 
 DEFAULT: tuple[Pass, ...] = (
     Clean(),  # size-1 bonds and copies would hide which cores are adjacent, or which slices belong together
     Stacks(),  # what is taken apart and stacked again would part networks
+    Gathers(),  # while tables are networks yet: fold computes what depends on weights alone
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
+    Steps(),  # of whole layers: before, their parts are networks of their own
     MergeCores(),  # leaves a smaller network to search
+    Tables(),  # after what needs no search, as it weighs what is left
+    Clean(),  # gathers that nothing reads any more
     Order(),  # its schedules fit the networks as they now are: only what knows of them may follow
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, MergeCores, Dense, Order, Layout, Limit)}
+PASSES: dict[str, type[Pass]] = {
+    p.name(): p for p in (Clean, Stacks, Gathers, Fold, Steps, MergeCores, Tables, Dense, Order, Layout, Limit)
+}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program
 

@@ -19,7 +19,7 @@ from tncompile.frontend.importer import TracedModel
 from tncompile.ir import Array, Index, Network, Opaque, Program, Ref, Switch, dims, verify
 from tncompile.ir import evaluate as evaluate_network
 from tncompile.ir import text as ir_text
-from tncompile.ir.core import Arg
+from tncompile.ir.core import Arg, Value
 from tncompile.passes import DEFAULT, Change, Context, Layout, Order, Pass, PassReport, Pipeline
 
 SYMBOLS: Mapping[str, int] = {"batch": 3, "seq": 5}
@@ -47,12 +47,15 @@ def program_of(text: str, **fill: float | Array) -> Program:
 
 
 def feeds_for(program: Program, symbols: Mapping[str, int] = SYMBOLS, seed: int = 0) -> dict[str, Array]:
-    """Random inputs for given sizes of the symbols."""
+    """Random inputs for given sizes of the symbols; ids below 12."""
     generator = np.random.default_rng(seed)
-    return {
-        v.name: np.asarray(generator.standard_normal([dims.evaluate(d, symbols) for d in v.shape or ()]), v.dtype)
-        for v in program.inputs
-    }
+
+    def random(value: Value) -> Array:
+        shape = [dims.evaluate(d, symbols) for d in value.shape or ()]
+        ids = np.dtype(value.dtype).kind in "iu"
+        return np.asarray(generator.integers(0, 12, shape) if ids else generator.standard_normal(shape), value.dtype)
+
+    return {value.name: random(value) for value in program.inputs}
 
 
 def evaluate_program(
@@ -94,7 +97,10 @@ def _run_opaque(node: Opaque, values: Mapping[str, Array]) -> Array:
     def value(arg: Arg) -> Any:
         if isinstance(arg, tuple):
             return [value(item) for item in arg]
-        return torch.from_numpy(np.float64(values[arg.name])) if isinstance(arg, Ref) else arg
+        if not isinstance(arg, Ref):
+            return arg
+        array = np.asarray(values[arg.name])
+        return torch.from_numpy(array if array.dtype.kind in "iu" else np.float64(array))
 
     return np.asarray(operation(*map(value, node.args), **dict(node.kwargs)))
 

@@ -206,8 +206,6 @@ MULTILINEAR: dict[str, Case] = {
     "scale of 1/sqrt(d)": (lambda w, x: (x @ w) * 6**-0.5, [(6, 6)], [X]),
 }
 
-OPAQUE_BESIDES = {"conv2d of no batch": {"aten.select"}}
-
 
 @functools.cache
 def imported(name: str) -> tuple[Function, TracedModel]:
@@ -228,7 +226,7 @@ def operations(name: str) -> set[str]:
 def test_a_multilinear_operation_is_a_network(name: str) -> None:
     module, traced = imported(name)
     inputs = MULTILINEAR[name][2]
-    assert targets(traced.program) == OPAQUE_BESIDES.get(name, set())
+    assert targets(traced.program) == set()
     assert traced.program.networks
     assert_same_as_torch(module, traced, *inputs)
     assert ir_text.dump(ir_text.parse(str(traced.program), traced.program.arrays)) == str(traced.program)

@@ -57,7 +57,7 @@ def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
     """Import an exported program. UnsupportedError where the model cannot be compiled."""
     with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
         warnings.simplefilter("ignore")
-        functional = exported.run_decompositions({})
+        functional = exported.run_decompositions(_unrolled(exported))
     signature = functional.graph_signature  # before, a write is an operation like any other
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
         names = [*signature.buffers_to_mutate.values()]
@@ -66,6 +66,18 @@ def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
             "export it in inference mode (model.eval()), with state as inputs and outputs"
         )
     return _Importer(functional).run()
+
+
+def _unrolled(exported: torch.export.ExportedProgram) -> dict[Any, Any]:
+    """Decompositions of the recurrent layers that are no one ONNX operator, or that torch's exporter would unroll."""
+    aten, known = torch.ops.aten, torch._decomp.decomposition_table
+    found = {aten.rnn_tanh.input, aten.rnn_relu.input}
+    for node in exported.graph_module.graph.nodes:
+        if node.target is aten.lstm.input:
+            _, _, weights, biases, layers, _, _, both_ways, _ = node.args
+            if len(weights) == layers * (1 + both_ways) * (3 + 2 * biases):  # one more: a projection of what comes out
+                found.add(aten.lstm.input)
+    return {operator: known[operator] for operator in found if operator in known}
 
 
 class _Importer:

@@ -393,6 +393,21 @@ def _movedim(c: Context, a: Any, source: Any, target: Any) -> Equation:
     return _single(a, labels, [labels[placed[k] if k in placed else next(rest)] for k in range(rank)])
 
 
+@_register("select", "select_copy")
+def _select(c: Context, a: Any, dim: int, index: int) -> Equation:
+    labels, axis = _labels("d", _rank(a)), _axis(dim, _rank(a))
+    rest = [label for k, label in enumerate(labels) if k != axis]
+    size = shape_of(a)[axis]
+    if size == 1:
+        return _single(a, labels, rest)
+    if not (c.is_constant(a) and isinstance(size, int)) or a.op == "placeholder":
+        raise NotMultilinear("a selection, but of a computed weight, is no network")
+    # evaluated, a weight that is computed from cores would be one of its own: a full table, perhaps
+    unit = torch.zeros(size, dtype=torch.float64)
+    unit[index] = 1.0
+    return Equation([Product([(a, labels)], constants=[(f"{c.node.name}.unit", unit, [labels[axis]])])], rest)
+
+
 @_register("expand", "expand_as", "broadcast_to", "expand_copy")
 def _expand(c: Context, a: Any, *_: Any, implicit: bool = False) -> Equation:
     rank = len(shape_of(c.node))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tncompile.errors import TNCompileWarning, UnsupportedError
+from tncompile.frontend.adapters import adapted
 
 
 def trace(
@@ -37,7 +38,7 @@ def trace(
         given = (args, kwargs)
         args, kwargs = _doubled(given)
         dynamic_shapes = _first_modes(_bound(module, args, kwargs or {}))
-    with whole_einsums():
+    with whole_einsums(), adapted(module):
         exported = _export(module, args, kwargs, dynamic_shapes)
         if automatic and args is not given[0] and _has_batch(args) and not exported.range_constraints:
             exported = _export(module, *given, None)  # fixed: to the example's own size, not to twice that

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tncompile.emit.file import Storage
-from tncompile.ir import Network, Opaque, Program, Switch, dims, networks_of
+from tncompile.ir import Array, Network, Opaque, Program, Switch, Tensor, dims, networks_of
 from tncompile.passes.base import Context, PassReport
 from tncompile.passes.limit import peaks
 from tncompile.passes.plans import cost_of, dense_tree
+from tncompile.passes.positions import tables_of
 from tncompile.runtime.check import CheckReport
 from tncompile.runtime.settle import Settled
 
@@ -187,17 +188,20 @@ def summarize(
     file holds as what they were made of."""
     originals = {n.output.name: n for n in before.networks}
     decisions = {name: _headlines(name, passes) for name in originals}
+    tables = tables_of(before)
     summaries, views = [], 0
     for node in after.nodes:
         if isinstance(node, Opaque):
             continue
         original = originals[node.value.name]
-        if not any(c.indices for c in original.cores):
+        gathered = {t.name: (t, tables[t.name]) for t in original.operands if t.name in tables}
+        if not gathered and not any(c.indices for c in original.cores):
             views += 1
             continue
         told = decisions.get(node.value.name, ())
         measured = _measured(node.value.name, passes)
-        summaries.append(_summary(original, node, told, context, as_parts, measured))
+        summary = _summary(original, node, told, context, as_parts, measured)
+        summaries.append(_with_tables(summary, original, gathered) if gathered else summary)
     return tuple(summaries), views
 
 
@@ -249,6 +253,22 @@ def _summary(
     )
 
 
+def _with_tables(
+    summary: NetworkSummary, network: Network, gathered: Mapping[str, tuple[Tensor, tuple[str, Array]]]
+) -> NetworkSummary:
+    """The summary of a network that reads rows of tables, which are weights of it too."""
+    weights = {id(array): array for _, (_, array) in gathered.values()}
+    places = {i.name for rows, _ in gathered.values() for axis in rows.axes[:-1] for i in axis}
+    columns = [i.size for i in network.output.indices if i.name not in places and isinstance(i.size, int)]
+    named = [f"{name}[rows of {array.shape[0]}]" for _, (name, array) in gathered.values()]
+    return replace(
+        summary,
+        cores=(*named, *summary.cores),
+        parameters=summary.parameters + sum(array.size for array in weights.values()),
+        dense_parameters=math.prod([*columns, *(array.shape[0] for _, (_, array) in gathered.values())]),
+    )
+
+
 def _cases(node: Network | Switch) -> list[tuple[str, Network]]:
     return list(zip(node.ranges, node.cases, strict=True)) if isinstance(node, Switch) else [("all", node)]
 
@@ -287,6 +307,7 @@ def _headlines(value: str, passes: Sequence[PassReport]) -> tuple[str, ...]:
     """What the passes made of one network, in a few words; the report has every change."""
     changes = [(p.name, c) for p in passes for c in p.changes if c.network == value and not c.declined]
     lines = [c.what for name, c in changes if name == "fold" and c.what.endswith("composed")]
+    lines += [f"{c.what} ({c.why})" for name, c in changes if name in ("gathers", "steps", "tables")]
     merged = [c.what for name, c in changes if name == "merge_cores"]
     lines += merged if len(merged) <= 2 else [f"{len(merged)} merges of adjacent cores"]
     lines += [f"{_brief(c.what)} ({c.why})" if c.why else _brief(c.what) for name, c in changes if name == "order"]
