@@ -17,6 +17,7 @@ from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.equation import NotMultilinear
 from tncompile.frontend.multilinear import operator_name, translate
 from tncompile.frontend.networks import NetworkBuilder, Result, Source
+from tncompile.frontend.sources import innermost_line
 from tncompile.frontend.trace import whole_einsums
 from tncompile.ir import dims
 from tncompile.ir.core import (
@@ -329,10 +330,4 @@ def layer_of(node: torch.fx.Node) -> str:
 
 def source_of(node: torch.fx.Node) -> SourceRef:
     """The user's line of Python: the innermost one outside installed packages, or at least outside torch."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n(?:\s+([^\n]*))?', node.meta.get("stack_trace") or "")
-    for package in ("/site-packages/", "/torch/"):
-        outside = [f for f in frames if package not in f[0].replace("\\", "/")]
-        if outside:
-            break
-    file, line, code = (outside or frames or [("", 0, "")])[-1]
-    return SourceRef(layer_of(node), file, int(line), code)
+    return innermost_line(node.meta.get("stack_trace") or "", layer_of(node))

@@ -57,6 +57,10 @@ def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         ) from error
 
 
+# the field of an ONNX model behind ir_version: producer, version, domain, text, graph, operator sets, metadata
+_AFTER_IR_VERSION = (b"\x12", b"\x1a", b"\x22", b"\x28", b"\x32", b"\x3a", b"\x42", b"\x72")
+
+
 def detect(path: Path) -> str:
     """What kind of file this is, from its content alone."""
     try:
@@ -78,7 +82,7 @@ def detect(path: Path) -> str:
         return "pickle"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    if head[0] == 0x08 and head[1] < 64 and b"\x12" in head[2:4] + head[4:]:
+    if head[0] == 0x08 and 0 < head[1] < 64 and head[2:3] in _AFTER_IR_VERSION:
         return "ONNX"
     if head.startswith(b"\x89HDF"):
         return "HDF5"

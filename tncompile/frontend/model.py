@@ -1,0 +1,9 @@
+"""What can be compiled, whatever it came from."""
+
+from __future__ import annotations
+
+from tncompile.frontend.importer import TracedModel
+from tncompile.frontend.onnx.importer import OnnxModel
+
+ImportedModel = TracedModel | OnnxModel
+"""A model with the program imported from it, and what it is checked against and lowered from."""
