@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
+from tncompile.cost.search import einsum_path
 from tncompile.errors import LoadError, SourceRef, TNCompileError
 from tncompile.frontend.onnx.importer import OnnxModel, layer_of
 from tncompile.ir import Array
@@ -47,6 +49,10 @@ class OnnxReference:
 
     def run(self, feeds: Mapping[str, Array]) -> tuple[list[Array], list[Array]]:
         """The outputs in float64 and those of the original file. TNCompileError where that cannot run."""
+        if self._slow and not self.note:
+            wide, plain = self._evaluated(feeds), self._evaluated(feeds, wide=False)
+            if wide is not None and plain is not None:
+                return wide, plain
         plain = self._original(feeds)
         if not self.note:
             wide = self._evaluated(feeds)
@@ -84,20 +90,50 @@ class OnnxReference:
             ) from error
 
     @cached_property
+    def _slow(self) -> bool:
+        """Whether ONNX Runtime may need hours: it contracts an einsum of several operands from left to right."""
+        nodes = self.model.model.graph.all_nodes()
+        return any(node.op_type == "Einsum" and len(node.inputs) > 2 for node in nodes)
+
+    @cached_property
     def _evaluator(self) -> Any:
-        from onnx.reference import ReferenceEvaluator
+        return _evaluator(widened(onnx.load_model_from_string(self.model.original)))
 
-        return ReferenceEvaluator(widened(onnx.load_model_from_string(self.model.original)))
+    @cached_property
+    def _narrow(self) -> Any:
+        return _evaluator(onnx.load_model_from_string(self.model.original))
 
-    def _evaluated(self, feeds: Mapping[str, Array]) -> list[Array] | None:
+    def _evaluated(self, feeds: Mapping[str, Array], wide: bool = True) -> list[Array] | None:
+        given = {name: _wide(array) for name, array in feeds.items()} if wide else dict(feeds)
         try:
             with np.errstate(all="ignore"):
-                outputs = self._evaluator.run(None, {name: _wide(array) for name, array in feeds.items()})
+                outputs = (self._evaluator if wide else self._narrow).run(None, given)
             return [np.asarray(output) for output in outputs]
         except Exception as error:  # an operator that it lacks, or has not in full
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             self.note = f"onnx's evaluator cannot run the original ({reason[:120]})"
             return None
+
+
+def _evaluator(model: onnx.ModelProto) -> Any:
+    """onnx's reference, with einsums contracted pair by pair, and GatherElements right for every shape."""
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    class Einsum(OpRun):
+        def _run(self, *args: Array, equation: str = "") -> tuple[Array]:
+            equation = equation.replace(" ", "")
+            path = einsum_path(equation, [array.shape for array in args])
+            tensors = [torch.from_numpy(np.array(array)) for array in args]
+            return (torch.ops.aten.einsum.default(equation, tensors, path=path).numpy(),)
+
+    class GatherElements(OpRun):
+        def _run(self, data: Array, indices: Array, axis: int = 0) -> tuple[Array]:
+            axis %= data.ndim
+            part = data[tuple(slice(None) if k == axis else slice(n) for k, n in enumerate(indices.shape))]
+            return (np.take_along_axis(part, indices, axis),)
+
+    return ReferenceEvaluator(model, new_ops=[Einsum, GatherElements])
 
 
 def _wide(array: Array) -> Array:

@@ -53,7 +53,7 @@ def _each(times: Iterable[tuple[int, float, float]]) -> str:
 
 def _write_rival(traced: ImportedModel, path: Path) -> None:
     if isinstance(traced, OnnxModel):
-        path.write_bytes(traced.original)
+        traced.save(path)
     else:
         rivals.export_plain(traced.exported, path)
 

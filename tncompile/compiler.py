@@ -20,7 +20,7 @@ from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.load import detect, load_exported
-from tncompile.frontend.model import ImportedModel
+from tncompile.frontend.model import ImportedModel, LoadedModel
 from tncompile.frontend.onnx.importer import OnnxModel, import_onnx
 from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
@@ -111,7 +111,7 @@ def compile_file(path: str | os.PathLike[str], **options: Any) -> CompiledModel:
         return compile_exported(loaded, model=str(path), load_seconds=seconds, **options)
 
 
-def load_file(path: str | os.PathLike[str]) -> torch.export.ExportedProgram | OnnxModel:
+def load_file(path: str | os.PathLike[str]) -> LoadedModel:
     """What is in a model file, by its content: an exported program, or an ONNX model."""
     return import_onnx(path) if detect(Path(path)) == "ONNX" else load_exported(path)
 
@@ -133,7 +133,7 @@ def import_file(path: str | os.PathLike[str]) -> ImportedModel:
 
 
 def compile_exported(
-    exported: torch.export.ExportedProgram | OnnxModel,
+    exported: LoadedModel,
     *,
     batch: int | Sequence[int] = DEFAULT_BATCH,
     sizes: Mapping[str, int] | None = None,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tncompile.compiler import CompiledModel
 
 HELP = """\
-Compile a PyTorch model (a file written by torch.export.save) to plain ONNX for ONNX Runtime.
+Compile a model (a file written by torch.export.save, or an ONNX file) to plain ONNX for ONNX Runtime.
 
 other commands:
   tncompile inspect FILE     show the tensor networks of a model or of a compiled file
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save, or an ONNX file")
     result.add_argument("-o", "--output", metavar="OUT", required=True, help="the ONNX file to write")
     planning_options(result)
     result.add_argument(
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         type=seconds,
         metavar="SECONDS",
         help="time the best plans in ONNX Runtime, for so many seconds in all (default 30), and torch's own export "
-        "beside the result; what was timed before is remembered",
+        "(or the original ONNX file) beside the result; what was timed before is remembered",
     )
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it will run (default cpu)")
     result.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         prog="tncompile inspect",
         description="Show the tensor networks of a model, or of a file that tncompile wrote.",
     )
-    result.add_argument("file", metavar="FILE", help="a file written by torch.export.save or by tncompile")
+    result.add_argument("file", metavar="FILE", help="a file written by torch.export.save or by tncompile, or ONNX")
     result.add_argument(
         "--format",
         choices=("text", "json", "dot", "networkx", "optimized"),
@@ -66,11 +66,13 @@ def _program(options: argparse.Namespace) -> Program:
 
     path = Path(options.file)
     if detect(path) == "ONNX":
-        if options.after:
-            raise TNCompileError("--after goes with a model; a compiled file shows its last stage only")
         from tncompile.inspect.compiled import program_of
 
-        return program_of(path)
+        program = program_of(path)
+        if program is not None and options.after:
+            raise TNCompileError("--after goes with a model; a compiled file shows its last stage only")
+        if program is not None:
+            return program
     from tncompile import compiler
     from tncompile.cost.devices import choose
     from tncompile.passes import DEFAULT, Limit

@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
         prog="tncompile verify",
         description="Run a compiled file in ONNX Runtime against its model in float64; exit 1 if it is wrong.",
     )
-    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save")
+    result.add_argument("model", metavar="MODEL", help="a file written by torch.export.save, or an ONNX file")
     result.add_argument("output", metavar="OUT", help="the ONNX file that was made from it")
     result.add_argument("--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes (default 1,32)")
     example_option(result)
@@ -37,5 +37,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
     for output in result.outputs:
         print(f"  {output}")
+    if result.note:
+        print(f"  {result.note}")
     print(f"  run at {'; '.join(result.runs)}")
     return 0 if result.passed else 1

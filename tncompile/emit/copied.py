@@ -22,6 +22,7 @@ def rebuild(program: Program, source: OnnxModel) -> onnx_ir.Model:
     """
     model = source.model.clone()
     _Rebuild(model.graph, program, source).run()
+    onnx_ir.external_data.load_to_model(model)  # one file comes out
     return model
 
 

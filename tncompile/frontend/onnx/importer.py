@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,10 @@ class OnnxModel:
         if self.folder:
             onnx_ir.external_data.set_base_dir(model.graph, self.folder)
         return bytes(whole(model).SerializeToString(deterministic=True))
+
+    def save(self, path: Path) -> None:
+        """Write the file as it was, with its external data in it."""
+        path.write_bytes(self.original)
 
 
 def import_onnx(source: str | os.PathLike[str] | bytes) -> OnnxModel:
