@@ -11,6 +11,7 @@ import onnx_ir
 
 from tncompile.emit.opaque import DOMAIN
 from tncompile.frontend.onnx.importer import CAPTURED, OnnxModel, subgraphs
+from tncompile.frontend.onnx.prepare import embed
 from tncompile.ir import Dim, Opaque, Program, Ref, Value
 from tncompile.ir.core import references
 
@@ -22,7 +23,7 @@ def rebuild(program: Program, source: OnnxModel) -> onnx_ir.Model:
     """
     model = source.model.clone()
     _Rebuild(model.graph, program, source).run()
-    onnx_ir.external_data.load_to_model(model)  # one file comes out
+    embed(model)  # one file comes out
     return model
 
 

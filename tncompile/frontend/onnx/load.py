@@ -12,6 +12,7 @@ import onnx_ir
 
 from tncompile.errors import LoadError, UnsupportedError
 
+_SMALL = 1024  # elements
 _EXTERNAL = onnx.TensorProto.EXTERNAL
 _TYPED = {  # where a tensor's elements are that are not raw, and how many elements each entry there holds
     "float_data": (onnx.TensorProto.FLOAT,),
@@ -50,16 +51,54 @@ def read(source: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
                 raise UnsupportedError(f"{name}: {node.op_type} {node.name!r} holds a sparse tensor; store it densely")
             for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
                 _check_tensor(tensor, folder, name)
-    _check_model(source, model, name)
+    _check_model(model, name)
     return model
 
 
-def _check_model(source: str | os.PathLike[str] | bytes, model: onnx.ModelProto, name: str) -> None:
+def _check_model(model: onnx.ModelProto, name: str) -> None:
+    """onnx's own check, of everything but the weights' numbers; outputs without a shape are given what is inferred."""
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    for graph in graphs(light.graph):
+        for tensor in graph.initializer:
+            kind, label = tensor.data_type, tensor.name
+            tensor.Clear()
+            tensor.data_type, tensor.name = kind, label
+            tensor.dims.append(0)
     try:
-        onnx.checker.check_model(model if isinstance(source, bytes) else os.fspath(source))
+        _name_output_shapes(model, light)
+        onnx.checker.check_model(light)
     except Exception as error:  # ValidationError, and what else its C++ raises
         reason = " ".join(str(error).strip().split("\n")[0].split())
         raise LoadError(f"{name}: not a valid ONNX model ({reason[:300]})") from error
+
+
+def _name_output_shapes(model: onnx.ModelProto, light: onnx.ModelProto) -> None:
+    """ONNX Runtime takes outputs without a shape, onnx does not: note at least their ranks."""
+    bare = [
+        v for v in model.graph.output if v.type.HasField("tensor_type") and not v.type.tensor_type.HasField("shape")
+    ]
+    if not bare:
+        return
+    inferred = onnx.shape_inference.infer_shapes(_with_shapes(model, light))
+    for value, found, checked in zip(model.graph.output, inferred.graph.output, light.graph.output, strict=True):
+        if value in bare and found.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.CopyFrom(found.type.tensor_type.shape)
+            checked.type.CopyFrom(value.type)
+
+
+def _with_shapes(model: onnx.ModelProto, light: onnx.ModelProto) -> onnx.ModelProto:
+    """A model whose weights are inputs, but for the small ones, whose numbers shapes may depend on."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(light)
+    del copy.graph.initializer[:]
+    inputs = {v.name for v in copy.graph.input}
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= _SMALL and tensor.data_location != _EXTERNAL:
+            copy.graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            copy.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return copy
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -70,8 +70,26 @@ def whole(model: onnx_ir.Model) -> onnx.ModelProto:
     if size > _LIMIT:
         raise UnsupportedError(f"holds {size / 1e9:.1f} GB of weights; at most 2 GB are supported")
     copy = model.clone()
-    onnx_ir.external_data.load_to_model(copy)
+    embed(copy)
     return onnx_ir.to_proto(copy)
+
+
+def embed(model: onnx_ir.Model) -> None:
+    """Let a model hold its external data itself; they stay mapped into memory."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, onnx_ir.ExternalTensor):
+                value.const_value = _inside(value.const_value)
+        for node in graph:
+            for name, attribute in node.attributes.items():
+                if attribute.type == onnx_ir.AttributeType.TENSOR:
+                    tensor = attribute.as_tensor()
+                    if isinstance(tensor, onnx_ir.ExternalTensor):
+                        node.attributes[name] = onnx_ir.AttrTensor(name, _inside(tensor))
+
+
+def _inside(tensor: onnx_ir.ExternalTensor) -> onnx_ir.Tensor:
+    return onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
 
 
 def _reason(error: BaseException) -> str:
