@@ -151,6 +151,12 @@ class Contest:
 
     # ------------------------------------------------------------------------------ building
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """What a table calls each way."""
+        original = {EXPORTER: "the original file + ORT"} if isinstance(self.subject.exported, OnnxModel) else {}
+        return {**RIVALS, **original}
+
     def _build(self, batches: Sequence[int | None]) -> None:
         first = next((b for b in batches if b), 1)
         writers: dict[str, Callable[[Path], None]] = {**self.subject.writers}
@@ -284,7 +290,8 @@ class Contest:
 
 def _failure(error: Exception) -> str:
     """``> 20 s`` and the like as they are, anything else as the first line of what was raised."""
-    if isinstance(error, TimeoutError) or (isinstance(error, TNCompileError) and str(error).startswith((">", "fails"))):
+    told = isinstance(error, TNCompileError) and str(error).startswith((">", "fails"))
+    if told or isinstance(error, (TimeoutError, NotApplicable)):
         return str(error)
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"fails: {first[:200]}"

@@ -116,7 +116,8 @@ class OnnxReference:
 
 
 def _evaluator(model: onnx.ModelProto) -> Any:
-    """onnx's reference, with einsums contracted pair by pair, and GatherElements right for every shape."""
+    """onnx's reference, with einsums contracted pair by pair, GatherElements right for every shape, and
+    BatchNormalization before operator set 14 as inference."""
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.op_run import OpRun
 
@@ -133,7 +134,23 @@ def _evaluator(model: onnx.ModelProto) -> Any:
             part = data[tuple(slice(None) if k == axis else slice(n) for k, n in enumerate(indices.shape))]
             return (np.take_along_axis(part, indices, axis),)
 
-    return ReferenceEvaluator(model, new_ops=[Einsum, GatherElements])
+    class BatchNormalization(OpRun):
+        def _run(
+            self,
+            x: Array,
+            *parameters: Array,
+            epsilon: float | None = None,
+            momentum: float | None = None,
+            training_mode: int | None = None,
+            spatial: int | None = None,
+            is_test: int | None = None,
+        ) -> tuple[Array]:
+            if training_mode or spatial == 0:
+                raise NotImplementedError("BatchNormalization in training mode")
+            scale, bias, mean, variance = (p.reshape(-1, *(1,) * (x.ndim - 2)) for p in parameters)
+            return ((scale * (x - mean) / np.sqrt(variance + (epsilon or 1e-5)) + bias).astype(x.dtype),)
+
+    return ReferenceEvaluator(model, new_ops=[Einsum, GatherElements, BatchNormalization])
 
 
 def _wide(array: Array) -> Array:

@@ -189,7 +189,7 @@ def record_of(contest: Contest, rows: Sequence[Row]) -> dict[str, Any]:
 def _print(console: Any, contest: Contest, rows: Sequence[Row]) -> None:
     from rich.table import Table
 
-    from tncompile.runtime.contest import OURS, RIVALS
+    from tncompile.runtime.contest import OURS
 
     table = Table(title="ms a call, median (times tncompile's)")
     table.title_justify = "left"
@@ -197,15 +197,17 @@ def _print(console: Any, contest: Contest, rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_column(f"batch {row.batch}" if row.batch else "as traced", justify="right")
     for way in (OURS, *contest.against):
-        table.add_row(RIVALS.get(way, way), *(cell(row, way) for row in rows), style="bold" if way == OURS else "")
+        table.add_row(
+            contest.names.get(way, way), *(cell(row, way) for row in rows), style="bold" if way == OURS else ""
+        )
     console.print(table)
     for way, note in _notes(contest, rows).items():
-        console.print(f"{RIVALS.get(way, way)}: {note}", highlight=False, markup=False)
+        console.print(f"{contest.names.get(way, way)}: {note}", highlight=False, markup=False)
     for row in rows:
         if row.speed is not None and row.noise is not None:
             where = f"at batch {row.batch}" if row.batch else "as traced"
             console.print(
-                f"{where}: {row.speed:.2f} times the speed of {RIVALS[row.fastest]}; two sessions of the compiled "
+                f"{where}: {row.speed:.2f} times the speed of {contest.names[row.fastest]}; two sessions of the compiled "
                 f"file differ by {row.noise:.0%} ({row.rounds} rounds)",
                 highlight=False,
             )

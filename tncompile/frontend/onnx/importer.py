@@ -22,7 +22,7 @@ from tncompile.frontend.networks import NetworkBuilder, Result, Source
 from tncompile.frontend.onnx.evaluate import compute, fits, may_be_computed
 from tncompile.frontend.onnx.load import read
 from tncompile.frontend.onnx.multilinear import Operator, multilinear, translate
-from tncompile.frontend.onnx.prepare import prepare, whole
+from tncompile.frontend.onnx.prepare import prepare
 from tncompile.frontend.onnx.shapes import Shapes
 from tncompile.frontend.onnx.symbols import Symbols
 from tncompile.frontend.sources import innermost_line
@@ -66,10 +66,14 @@ class OnnxModel:
     @cached_property
     def original(self) -> bytes:
         """The file as it was, with its external data in it. UnsupportedError for over 2 GB."""
-        model = onnx_ir.from_proto(self.file)
+        whole = onnx.ModelProto()
+        whole.CopyFrom(self.file)
         if self.folder:
-            onnx_ir.external_data.set_base_dir(model.graph, self.folder)
-        return bytes(whole(model).SerializeToString(deterministic=True))
+            onnx.external_data_helper.load_external_data_for_model(whole, self.folder)
+        try:
+            return bytes(whole.SerializeToString(deterministic=True))
+        except Exception as error:  # what protobuf raises for too large a message is its own affair
+            raise UnsupportedError("the original file holds over 2 GB, which cannot be run as a whole") from error
 
     def save(self, path: Path) -> None:
         """Write the file as it was, with its external data in it."""

@@ -52,6 +52,7 @@ def read(source: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
             for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
                 _check_tensor(tensor, folder, name)
     _check_model(model, name)
+    _show_copies(model.graph)
     return model
 
 
@@ -99,6 +100,21 @@ def _with_shapes(model: onnx.ModelProto, light: onnx.ModelProto) -> onnx.ModelPr
         elif tensor.name not in inputs:
             copy.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     return copy
+
+
+def _show_copies(graph: onnx.GraphProto) -> None:
+    """Weights that are outputs become copies of weights: the same model, and one that onnx_ir reads."""
+    shown = {v.name for v in graph.output} & {w.name for w in graph.initializer}
+    taken = {n for g in graphs(graph) for node in g.node for n in (*node.input, *node.output)}
+    for name in sorted(shown):
+        inner = next(n for k in range(len(taken) + 1) if (n := f"{name}:weight{k or ''}") not in taken)
+        for part in graphs(graph):
+            for node in part.node:
+                node.input[:] = [inner if n == name else n for n in node.input]
+        for item in (*graph.initializer, *graph.input):
+            if item.name == name:
+                item.name = inner
+        graph.node.append(onnx.helper.make_node("Identity", [inner], [name]))
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -88,7 +88,7 @@ def embed(model: onnx_ir.Model) -> None:
                         node.attributes[name] = onnx_ir.AttrTensor(name, _inside(tensor))
 
 
-def _inside(tensor: onnx_ir.ExternalTensor) -> onnx_ir.Tensor:
+def _inside(tensor: onnx_ir.ExternalTensor) -> onnx_ir.TensorProtocol:
     return onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
 
 
