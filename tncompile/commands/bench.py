@@ -207,8 +207,8 @@ def _print(console: Any, contest: Contest, rows: Sequence[Row]) -> None:
         if row.speed is not None and row.noise is not None:
             where = f"at batch {row.batch}" if row.batch else "as traced"
             console.print(
-                f"{where}: {row.speed:.2f} times the speed of {contest.names[row.fastest]}; two sessions of the compiled "
-                f"file differ by {row.noise:.0%} ({row.rounds} rounds)",
+                f"{where}: {row.speed:.2f} times the speed of {contest.names[row.fastest]}; two sessions of the "
+                f"compiled file differ by {row.noise:.0%} ({row.rounds} rounds)",
                 highlight=False,
             )
 
