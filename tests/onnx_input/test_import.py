@@ -214,3 +214,32 @@ def test_random_chains_agree_with_onnx(data: st.DataObject) -> None:
         values[item.output.name] = evaluate(item, values)
     (wanted,) = expected(proto, {"x": x})
     np.testing.assert_allclose(values[program.outputs[0][1]], wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("order", ["x a h", "a h x", "x h a"])
+def test_layer_normalization_and_gelu_in_small_operators_are_recognized(order: str) -> None:
+    one, two, three = order.split()
+    nodes = [
+        node("ReduceMean", "x last", "mean"),
+        node("Sub", "x mean", "d"),
+        node("Pow", "d two", "square"),
+        node("ReduceMean", "square last", "var"),
+        node("Add", "var eps", "ve"),
+        node("Sqrt", "ve", "std"),
+        node("Div", "d std", "n"),
+        node("Mul", "n scale", "s"),
+        node("Add", "s bias", "g"),
+        node("Div", "g root", "r"),
+        node("Erf", "r", "e"),
+        node("Add", "one e", "a"),
+        node("Mul", f"{one} {two}".replace("x", "g"), "p"),
+        node("Mul", f"p {three}".replace("x", "g"), "y"),
+    ]
+    numbers = {"two": 2, "eps": 1e-5, "root": math.sqrt(2), "one": 1, "h": 0.5}
+    weights = [onnx.numpy_helper.from_array(np.asarray(v, np.float32), n) for n, v in numbers.items()]
+    weights += [ints("last", -1), weight("scale", 6), weight("bias", 6)]
+    proto = model(nodes, [tensor("x", ["N", 6])], [tensor("y", ["N", 6])], weights)
+    assert targets(imported(proto).program) == ["onnx.LayerNormalization", "com.microsoft.Gelu"]
+    residual = onnx.ModelProto.FromString(proto.SerializeToString())
+    residual.graph.node[8].input[1] = "x"  # what is added is no bias
+    assert "onnx.LayerNormalization" not in targets(imported(residual).program)

@@ -10,6 +10,7 @@ import onnx_ir
 from onnx_ir.passes import common as onnx_passes
 
 from tncompile.errors import LoadError, UnsupportedError
+from tncompile.frontend.onnx.patterns import recognize
 
 OPSET = 18
 """The oldest operator set that has what we write: reductions with axes as inputs, Shape of a part."""
@@ -37,6 +38,7 @@ def prepare(proto: onnx.ModelProto, source: str | os.PathLike[str] | bytes) -> o
     onnx_passes.RemoveInitializersFromInputsPass()(model)
     onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     model.ir_version = max(model.ir_version, _IR_VERSION)
+    recognize(model)
     return model
 
 
