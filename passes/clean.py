@@ -119,7 +119,7 @@ _DRAWS = ("poisson", "geometric", "binomial", "cauchy")
 def _key(node: Node) -> Any:
     """What a node computes, whatever its value and its indices are called."""
     if isinstance(node, Opaque):
-        if any(word in node.target for word in (*_RANDOM, *_DRAWS)):
+        if any(word in node.target.lower() for word in (*_RANDOM, *_DRAWS)):
             return id(node)
         return (node.target, _hashable(node.args), _hashable(node.kwargs))
     if isinstance(node, Switch):

@@ -23,6 +23,15 @@ POINTWISE = frozenset(
 """Overloads that torch tags as pointwise (`torch.Tag.pointwise`), and `_to_copy`, hardswish and log_sigmoid, which it
 should."""
 
+_ONNX = (
+    "Relu Gelu Sigmoid Tanh Mish Elu Celu Selu Softplus Softsign LeakyRelu HardSigmoid HardSwish Shrink "
+    "ThresholdedRelu Abs Sign Sqrt Reciprocal Pow Div Max Min Clip Exp Log Erf Sin Cos Tan Asin Acos Atan Sinh Cosh "
+    "Asinh Acosh Atanh Floor Ceil Round Cast"
+)
+
+ONNX_POINTWISE = frozenset(f"onnx.{name}" for name in _ONNX.split())
+"""Operators of ONNX that act on each element alone."""
+
 
 def joined(node: Opaque, values: Mapping[str, Value]) -> tuple[str, ...]:
     """The values that an operation reads, where it makes each element of its result of those at the same place; else
@@ -34,7 +43,7 @@ def joined(node: Opaque, values: Mapping[str, Value]) -> tuple[str, ...]:
     shape = node.output.shape
     arguments = (*node.args, *(value for _, value in node.kwargs))
     names = tuple(dict.fromkeys(r.name for r in references(arguments)))
-    if node.target not in POINTWISE or shape is None:
+    if node.target not in (POINTWISE | ONNX_POINTWISE) or shape is None:
         return ()
     if any(isinstance(a, Constant) and "channels_last" in a.spelling for a in arguments):
         return ()

@@ -13,6 +13,8 @@ import torch
 from torch.export.graph_signature import TensorArgument
 
 from tncompile.errors import TNCompileError
+from tncompile.frontend.model import LoadedModel
+from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.ir import Array
 from tncompile.runtime import rivals
 from tncompile.runtime.device import NodeTime, profile, providers, require_on_device
@@ -41,13 +43,27 @@ class Subject:
     """What is measured: the traced model, the same as PyTorch calls it, and inputs at a batch size.
 
     `inputs` takes None where all shapes are fixed. `writers` write the ONNX files that tncompile itself makes: the
-    compiled model, and the one with every layer dense.
+    compiled model, and the one with every layer dense. A model that came in as ONNX has no `module`; its original
+    file stands in the exporter's place, and what is right.
     """
 
-    exported: torch.export.ExportedProgram
-    module: Callable[..., Any]
+    exported: LoadedModel
+    module: Callable[..., Any] | None
     inputs: Callable[[int | None], Inputs]
     writers: Mapping[str, Callable[[Path], None]]
+
+    @property
+    def reference(self) -> str:
+        """The way whose outputs the others must give."""
+        return EAGER if self.module is not None else EXPORTER
+
+    @property
+    def input_names(self) -> list[str]:
+        """The model's own names for its inputs, in order."""
+        if isinstance(self.exported, OnnxModel):
+            return [value.name for value in self.exported.program.inputs]
+        specs = self.exported.graph_signature.input_specs
+        return [s.arg.name for s in specs if s.kind.name == "USER_INPUT" and isinstance(s.arg, TensorArgument)]
 
 
 @dataclass(frozen=True)
@@ -135,16 +151,24 @@ class Contest:
 
     # ------------------------------------------------------------------------------ building
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """What a table calls each way."""
+        original = {EXPORTER: "the original file + ORT"} if isinstance(self.subject.exported, OnnxModel) else {}
+        return {**RIVALS, **original}
+
     def _build(self, batches: Sequence[int | None]) -> None:
         first = next((b for b in batches if b), 1)
+        writers: dict[str, Callable[[Path], None]] = {**self.subject.writers}
         exported = self.subject.exported
-        writers: dict[str, Callable[[Path], None]] = {
-            **self.subject.writers,
-            EXPORTER: lambda path: rivals.export_plain(exported, path),
-            NAIVE: lambda path: rivals.export_pairwise(exported, path, first),
-        }
+        if isinstance(exported, OnnxModel):
+            writers[EXPORTER] = exported.save
+            writers[NAIVE] = rivals.not_pytorch
+        else:
+            writers[EXPORTER] = lambda path: rivals.export_plain(exported, path)
+            writers[NAIVE] = lambda path: rivals.export_pairwise(exported, path, first)
         for way in (OURS, EXPORTER, DENSE, NAIVE):
-            if way == OURS or way in self.against:
+            if way in (OURS, self.subject.reference) or way in self.against:
                 self.progress(f"building {way}")
                 self.built[way] = self._write(writers[way], self.path(way))
 
@@ -180,9 +204,7 @@ class Contest:
 
     def _arrays(self, batch: int | None) -> dict[str, Array]:
         """The inputs by the model's own names for them."""
-        specs = self.subject.exported.graph_signature.input_specs
-        names = [s.arg.name for s in specs if s.kind.name == "USER_INPUT" and isinstance(s.arg, TensorArgument)]
-        return dict(zip(names, self.subject.inputs(batch).arrays(), strict=True))
+        return dict(zip(self.subject.input_names, self.subject.inputs(batch).arrays(), strict=True))
 
     def _session(self, way: str) -> Session:
         if way not in self._sessions:
@@ -198,13 +220,15 @@ class Contest:
         errors: dict[str, float] = {}
         bound: dict[str, Bound] = {}
         applicable = [way for way, built in self.built.items() if built.applicable]
-        for way in (EAGER, *applicable, *([COMPILE] if COMPILE in self.against else [])):
+        modules = [way for way in (EAGER, COMPILE) if way in (*self.against, self.subject.reference)]
+        reference = self.subject.reference
+        for way in dict.fromkeys((reference, *applicable, *modules)):
             try:
                 bound[way] = self._bind(way, batch)
             except Exception as error:  # a way that fails is a result
                 notes[way] = _failure(error)
-        expected = bound[EAGER].outputs() if EAGER in bound else None
-        for way in [w for w in bound if w != EAGER]:
+        expected = bound[reference].outputs() if reference in bound else None
+        for way in [w for w in bound if w != reference]:
             try:
                 found = bound[way].outputs()
             except Exception as error:
@@ -217,8 +241,8 @@ class Contest:
             if not errors[way] <= _tolerance(expected):
                 notes[way] = f"wrong: relative error {errors[way]:.2g}"
                 del bound[way]
-        if EAGER not in self.against:
-            bound.pop(EAGER, None)
+        if reference not in self.against:
+            bound.pop(reference, None)
         if OURS in bound:
             bound[_CONTROL] = self._bind(_CONTROL, batch)
         times = race({w: b.call for w, b in bound.items()}, rounds=rounds, budget_s=seconds)
@@ -258,13 +282,16 @@ class Contest:
     def _module(self, way: str) -> Callable[..., Any]:
         if way not in self._modules:
             module = self.subject.module
+            if module is None:
+                raise NotApplicable(rivals.NO_PYTORCH)
             self._modules[way] = torch.compile(module) if way == COMPILE else module
         return self._modules[way]
 
 
 def _failure(error: Exception) -> str:
     """``> 20 s`` and the like as they are, anything else as the first line of what was raised."""
-    if isinstance(error, TimeoutError) or (isinstance(error, TNCompileError) and str(error).startswith((">", "fails"))):
+    told = isinstance(error, TNCompileError) and str(error).startswith((">", "fails"))
+    if told or isinstance(error, (TimeoutError, NotApplicable)):
         return str(error)
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"fails: {first[:200]}"

@@ -30,6 +30,14 @@ class NotApplicable(TNCompileError):
     """A way to run a model that would be the same as another one for this model."""
 
 
+NO_PYTORCH = "the model came in as ONNX, without PyTorch"
+
+
+def not_pytorch(path: Path) -> None:
+    """In the place of a writer that needs the model in PyTorch."""
+    raise NotApplicable(NO_PYTORCH)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a model is called with: tensors, nested as `torch.export` takes them."""

@@ -38,9 +38,10 @@ class Memory:
 class Session:
     """An ONNX model ready to run.
 
-    `model` is a path or the bytes of a model; `threads` the size of its thread pool, one a core where it is 0; `trace`
-    the beginning of the name of a file for ONNX Runtime's profile; `optimized_path` where to write the model as it is
-    run, with all that ONNX Runtime fused. LoadError where ONNX Runtime does not accept it.
+    `model` is a path or the bytes of a model; `threads` the size of its thread pool, one a core where it is 0; without
+    `optimize` it runs as it is written; `trace` is the beginning of the name of a file for ONNX Runtime's profile;
+    `optimized_path` where to write the model as it is run, with all that ONNX Runtime fused. LoadError where ONNX
+    Runtime does not accept it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         *,
         threads: int = 0,
+        optimize: bool = True,
         trace: str = "",
         optimized_path: Path | None = None,
     ):
@@ -57,6 +59,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if trace:
             options.enable_profiling = True
             options.profile_file_prefix = trace

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tncompile.frontend.importer import TracedModel
+from tncompile.frontend.model import ImportedModel
+from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.runtime import rivals
 from tncompile.runtime.check import random_inputs
 from tncompile.runtime.device import providers
@@ -27,7 +28,8 @@ _LIMITS = Limits(first_call_s=20.0, build_s=180.0)
 class Settled:
     """Milliseconds of the compiled model and of the exporter's at each batch size, or why the exporter has none.
 
-    `exported` are the bytes of the exporter's file where that is the faster one.
+    For a model that came in as ONNX the `rival` is the original file. `exported` are the bytes of the rival's file
+    where that is the faster one.
     """
 
     batches: tuple[int, ...]
@@ -35,21 +37,30 @@ class Settled:
     exporter: tuple[float, ...]
     note: str = ""
     exported: bytes | None = None
+    rival: str = "torch.onnx.export"
 
     def __str__(self) -> str:
         if self.note:
-            return f"torch.onnx.export: {self.note}"
+            return f"{self.rival}: {self.note}"
         times = zip(self.batches, self.ours, self.exporter, strict=True)
         taken = "; its file is the one that was written" if self.exported is not None else ""
-        return f"measured against torch.onnx.export: {_each(times)}{taken}"
+        return f"measured against {self.rival}: {_each(times)}{taken}"
 
 
 def _each(times: Iterable[tuple[int, float, float]]) -> str:
     return ", ".join(f"{ours:.3g} ms for {other:.3g} at batch {batch}" for batch, ours, other in times)
 
 
-def settle(ours: bytes, traced: TracedModel, batches: Sequence[int], seconds: float, device: str = "cpu") -> Settled:
+def _write_rival(traced: ImportedModel, path: Path) -> None:
+    if isinstance(traced, OnnxModel):
+        traced.save(path)
+    else:
+        rivals.export_plain(traced.exported, path)
+
+
+def settle(ours: bytes, traced: ImportedModel, batches: Sequence[int], seconds: float, device: str = "cpu") -> Settled:
     """Race the two files at each batch size, for so many seconds in all."""
+    rival = "the original file" if isinstance(traced, OnnxModel) else "torch.onnx.export"
     generator = np.random.default_rng(0)
     symbolic = "batch" in traced.sizes
     sizes = tuple(batches) if symbolic else (traced.sizes.get("batch", 1),)
@@ -58,13 +69,13 @@ def settle(ours: bytes, traced: TracedModel, batches: Sequence[int], seconds: fl
         path = Path(folder, "exporter.onnx")
         try:
             with rivals.time_limit(_LIMITS.build_s):
-                rivals.export_plain(traced.exported, path)
+                _write_rival(traced, path)
         except Exception as error:  # an exporter raises whatever it likes
-            return Settled((), (), (), f"fails ({type(error).__name__})")
+            return Settled((), (), (), f"fails ({type(error).__name__})", rival=rival)
         for size, arrays in zip(sizes, feeds, strict=True):
             tried = probe(path, arrays, _LIMITS, device=device)
             if tried.ms is None:
-                return Settled((), (), (), f"{tried.note} at batch {size}")
+                return Settled((), (), (), f"{tried.note} at batch {size}", rival=rival)
         mine, theirs = Session(ours, providers(device)), Session(path, providers(device))
         times = []
         for arrays in feeds:
@@ -76,4 +87,4 @@ def settle(ours: bytes, traced: TracedModel, batches: Sequence[int], seconds: fl
         gain = max(a / b for a, b in times)
         loss = max(b / a for a, b in times)
         taken = path.read_bytes() if gain > MARGIN >= loss else None
-        return Settled(sizes, first, second, exported=taken)
+        return Settled(sizes, first, second, exported=taken, rival=rival)

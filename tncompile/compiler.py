@@ -18,8 +18,10 @@ from tncompile.cost.devices import Choice, choose
 from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, TNCompileError, UnsupportedError
-from tncompile.frontend.importer import TracedModel, import_exported
+from tncompile.frontend.importer import import_exported
 from tncompile.frontend.load import LoadOptions, load
+from tncompile.frontend.model import ImportedModel, LoadedModel
+from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
 from tncompile.ir import Array, Opaque, Program, Switch
@@ -49,7 +51,7 @@ class CompiledModel:
     onnx: bytes
     program: Program
     report: Report
-    traced: TracedModel
+    traced: ImportedModel
     stages: Mapping[str, Program]
     _session: Session | None = None
 
@@ -105,10 +107,10 @@ def compile_file(path: str | os.PathLike[str], *, loading: LoadOptions | None = 
     `compile_exported`.
     """
     start = time.perf_counter()
-    exported = load(path, loading)
+    loaded = load(path, loading)
     seconds = time.perf_counter() - start
     with naming(path):
-        return compile_exported(exported, model=str(path), load_seconds=seconds, **options)
+        return compile_exported(loaded, model=str(path), load_seconds=seconds, **options)
 
 
 def save(
@@ -135,15 +137,15 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise type(error)(f"{os.fspath(path)}: {error}") from error
 
 
-def import_file(path: str | os.PathLike[str], loading: LoadOptions | None = None) -> TracedModel:
-    """The traced model in a file of any kind that is taken."""
-    exported = load(path, loading)
+def import_file(path: str | os.PathLike[str], loading: LoadOptions | None = None) -> ImportedModel:
+    """The model in a file of any kind that is taken."""
+    loaded = load(path, loading)
     with naming(path):
-        return import_exported(exported)
+        return loaded if isinstance(loaded, OnnxModel) else import_exported(loaded)
 
 
 def compile_exported(
-    exported: torch.export.ExportedProgram,
+    exported: LoadedModel,
     *,
     batch: int | Sequence[int] = DEFAULT_BATCH,
     sizes: Mapping[str, int] | None = None,
@@ -159,7 +161,7 @@ def compile_exported(
     model: str = "",
     load_seconds: float = 0.0,
 ) -> CompiledModel:
-    """Compile an exported program.
+    """Compile an exported program, or an ONNX model (see `tncompile.frontend.onnx.importer.import_onnx`).
 
     `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name. `store`: keep
     folded layers as ``"cores"`` in the file or write them ``"folded"``; ``"auto"`` takes the smaller unless loading
@@ -177,7 +179,7 @@ def compile_exported(
     plan_for = Choice(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
     timer = None if tune is None else Tuner(tune, device)
     progress("importing the graph")
-    traced = import_exported(exported)
+    traced = exported if isinstance(exported, OnnxModel) else import_exported(exported)
     watch("import")
     batches = tuple(dict.fromkeys([batch] if isinstance(batch, int) else batch))
     context = planning_context(traced, batches, sizes or {}, plan_for.profile, max_memory)
@@ -190,7 +192,7 @@ def compile_exported(
     watch("emit")
     settled: Settled | None = None
     if tune is not None and max_memory is None:  # the exporter's file keeps to no limit
-        progress("timing it against torch's exporter")
+        progress("timing it against what there is without it")
         settled = settle(file.data, traced, batches, tune / 4, device)
         if settled.exported is not None:
             theirs = adopt(settled.exported, traced)
@@ -228,6 +230,7 @@ def compile_exported(
         device=plan_for.profile.device,
         profile=plan_for.origin,
         settled=settled,
+        lowered="kept as they are" if isinstance(traced, OnnxModel) else "lowered by torch's exporter",
     )
     if result is not None and not result.passed:
         raise CheckError(f"the compiled model is not as exact as it must be: {result}")
@@ -235,7 +238,7 @@ def compile_exported(
 
 
 def planning_context(
-    traced: TracedModel,
+    traced: ImportedModel,
     batches: Sequence[int],
     sizes: Mapping[str, int],
     profile: DeviceProfile,
@@ -265,7 +268,7 @@ class _Watch:
 
 
 def run_passes(
-    traced: TracedModel,
+    traced: ImportedModel,
     context: Context,
     passes: Sequence[Pass] = DEFAULT,
     progress: Progress = _no_progress,
@@ -288,7 +291,7 @@ def run_passes(
 
 def check_session(
     session: Session,
-    traced: TracedModel,
+    traced: ImportedModel,
     batches: Sequence[int] = DEFAULT_BATCH,
     examples: Sequence[Mapping[str, Array]] = (),
     also: Sequence[int] = (),
@@ -305,7 +308,7 @@ def _in_every_range(program: Program) -> list[int]:
 
 
 def _passes_check(
-    data: bytes, traced: TracedModel, batches: Sequence[int], examples: Sequence[Mapping[str, Array]]
+    data: bytes, traced: ImportedModel, batches: Sequence[int], examples: Sequence[Mapping[str, Array]]
 ) -> bool:
     try:
         return check_session(Session(data), traced, batches, examples).passed
@@ -313,7 +316,7 @@ def _passes_check(
         return False
 
 
-def to_bytes(program: Program, traced: TracedModel) -> bytes:
+def to_bytes(program: Program, traced: ImportedModel) -> bytes:
     """A scheduled program as the bytes of an ONNX file that passes `onnx.checker`, folded layers written out."""
     return write(program, traced, "folded").data
 

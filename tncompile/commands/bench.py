@@ -15,9 +15,8 @@ from tncompile.commands.options import MODEL_HELP, loading, loading_options, siz
 from tncompile.runtime.files import check_writable, write_file
 
 if TYPE_CHECKING:
-    import torch
-
-    from tncompile.frontend.importer import TracedModel
+    from tncompile.frontend.model import ImportedModel, LoadedModel
+    from tncompile.ir import Array
     from tncompile.runtime.contest import Contest, Row, Subject
     from tncompile.runtime.rivals import Inputs
 
@@ -32,6 +31,8 @@ Compile a model and time it beside the other ways to run it, in turns in one pro
   compile    the model by torch.compile
   dense      every layer folded to dense, in ONNX Runtime
   naive      einsums of three or more operands in opt_einsum's order, by torch.onnx.export, in ONNX Runtime
+
+For an ONNX model, exporter is the original file; eager, compile and naive need PyTorch.
 """
 
 
@@ -111,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
 def _subject(options: argparse.Namespace) -> tuple[Subject, Sequence[int | None]]:
     from tncompile import compiler
     from tncompile.frontend.load import load
+    from tncompile.frontend.onnx.importer import OnnxModel
     from tncompile.runtime.contest import DENSE, OURS, Subject
     from tncompile.runtime.rivals import eager_module
 
@@ -120,13 +122,16 @@ def _subject(options: argparse.Namespace) -> tuple[Subject, Sequence[int | None]
     batches = options.batch if compiled.report.dynamic else (None,)
     if batches == (None,):
         print(f"{options.model}: its batch is fixed; measured at its own shapes", file=sys.stderr)
-    module = eager_module(exported, options.batch[0], options.device)
+    module = None if isinstance(exported, OnnxModel) else eager_module(exported, options.batch[0], options.device)
     writers = {OURS: compiled.save, DENSE: writer(exported, options.batch, options.device, DENSE_PASSES)}
     return Subject(exported, module, _inputs_of(compiled.traced, exported), writers), batches
 
 
 def writer(
-    exported: torch.export.ExportedProgram, batches: Sequence[int], device: str = "cpu", passes: str | None = None
+    exported: LoadedModel,
+    batches: Sequence[int],
+    device: str = "cpu",
+    passes: str | None = None,
 ) -> Callable[[Path], None]:
     """Compiles when it is called, with the default passes or others, and writes the ONNX file."""
 
@@ -140,20 +145,26 @@ def writer(
     return write
 
 
-def _inputs_of(traced: TracedModel, exported: torch.export.ExportedProgram) -> Callable[[int | None], Inputs]:
+def _inputs_of(traced: ImportedModel, exported: LoadedModel) -> Callable[[int | None], Inputs]:
     """Random inputs of any batch size, nested as the model takes them; whole numbers are those of the example."""
     import numpy as np
     import torch
 
+    from tncompile.frontend.onnx.importer import OnnxModel
     from tncompile.runtime.check import random_inputs
     from tncompile.runtime.rivals import Inputs
 
+    def arrays_at(batch: int | None) -> dict[str, Array]:
+        symbols = {**traced.sizes} if batch is None else {**traced.sizes, "batch": batch}
+        return random_inputs(traced, symbols, np.random.default_rng(0))
+
+    if isinstance(exported, OnnxModel):
+        return lambda batch: Inputs(tuple(map(torch.from_numpy, arrays_at(batch).values())))
     spec = exported.call_spec.in_spec
     signature = [s.arg for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
 
     def inputs(batch: int | None) -> Inputs:
-        symbols = {**traced.sizes} if batch is None else {**traced.sizes, "batch": batch}
-        arrays = random_inputs(traced, symbols, np.random.default_rng(0))
+        arrays = arrays_at(batch)
         leaves = [
             torch.from_numpy(arrays[a.name]) if a.name in arrays else getattr(a, "value", None) for a in signature
         ]
@@ -180,7 +191,7 @@ def record_of(contest: Contest, rows: Sequence[Row]) -> dict[str, Any]:
 def _print(console: Any, contest: Contest, rows: Sequence[Row]) -> None:
     from rich.table import Table
 
-    from tncompile.runtime.contest import OURS, RIVALS
+    from tncompile.runtime.contest import OURS
 
     table = Table(title="ms a call, median (times tncompile's)")
     table.title_justify = "left"
@@ -188,16 +199,18 @@ def _print(console: Any, contest: Contest, rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_column(f"batch {row.batch}" if row.batch else "as traced", justify="right")
     for way in (OURS, *contest.against):
-        table.add_row(RIVALS.get(way, way), *(cell(row, way) for row in rows), style="bold" if way == OURS else "")
+        table.add_row(
+            contest.names.get(way, way), *(cell(row, way) for row in rows), style="bold" if way == OURS else ""
+        )
     console.print(table)
     for way, note in _notes(contest, rows).items():
-        console.print(f"{RIVALS.get(way, way)}: {note}", highlight=False, markup=False)
+        console.print(f"{contest.names.get(way, way)}: {note}", highlight=False, markup=False)
     for row in rows:
         if row.speed is not None and row.noise is not None:
             where = f"at batch {row.batch}" if row.batch else "as traced"
             console.print(
-                f"{where}: {row.speed:.2f} times the speed of {RIVALS[row.fastest]}; two sessions of the compiled "
-                f"file differ by {row.noise:.0%} ({row.rounds} rounds)",
+                f"{where}: {row.speed:.2f} times the speed of {contest.names[row.fastest]}; two sessions of the "
+                f"compiled file differ by {row.noise:.0%} ({row.rounds} rounds)",
                 highlight=False,
             )
 

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         type=seconds,
         metavar="SECONDS",
         help="time the best plans in ONNX Runtime, for so many seconds in all (default 30), and torch's own export "
-        "beside the result; what was timed before is remembered",
+        "(or the original ONNX file) beside the result; what was timed before is remembered",
     )
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it will run (default cpu)")
     result.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")

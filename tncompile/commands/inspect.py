@@ -67,11 +67,13 @@ def _program(options: argparse.Namespace) -> Program:
 
     path = Path(options.file)
     if detect(path) == "ONNX":
-        if options.after:
-            raise TNCompileError("--after goes with a model; a compiled file shows its last stage only")
         from tncompile.inspect.compiled import program_of
 
-        return program_of(path)
+        program = program_of(path)
+        if program is not None and options.after:
+            raise TNCompileError("--after goes with a model; a compiled file shows its last stage only")
+        if program is not None:
+            return program
     from tncompile import compiler
     from tncompile.cost.devices import choose
     from tncompile.passes import DEFAULT, Limit

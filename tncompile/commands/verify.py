@@ -38,5 +38,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
     for output in result.outputs:
         print(f"  {output}")
+    if result.note:
+        print(f"  {result.note}")
     print(f"  run at {'; '.join(result.runs)}")
     return 0 if result.passed else 1

@@ -13,7 +13,8 @@ from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.program import to_onnx
 from tncompile.emit.store import LOAD_LIMIT, affordable, choices, store_as_cores
 from tncompile.errors import TNCompileError, UnsupportedError, VerificationError
-from tncompile.frontend.importer import TracedModel
+from tncompile.frontend.model import ImportedModel
+from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.ir import Program
 
 Store = Literal["auto", "cores", "folded"]
@@ -57,7 +58,7 @@ class Written:
         return Written(self.folded, replace(self.storage, cores=(), seconds=0.0, why=why))
 
 
-def write(program: Program, traced: TracedModel, store: Store = "auto") -> Written:
+def write(program: Program, traced: ImportedModel, store: Store = "auto") -> Written:
     """The ONNX file of a scheduled program.
 
     `store`: ``"folded"`` writes folded layers out, ``"cores"`` keeps what they were made of wherever that is smaller,
@@ -70,12 +71,13 @@ def write(program: Program, traced: TracedModel, store: Store = "auto") -> Writt
     if size > _LIMIT:
         raise UnsupportedError(f"the compiled model would be {size / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
     model = to_onnx(program, traced)
-    folded = data = serialize(model)
+    strict = not isinstance(traced, OnnxModel)  # a stranger's shapes need not be those that onnx infers
+    folded = data = serialize(model, strict)
     found = choices(model)
     chosen = {"folded": [], "cores": found, "auto": affordable(found)}[store]
     if chosen:
         store_as_cores(model, chosen)
-        data = serialize(model)
+        data = serialize(model, strict)
     rest = [c for c in found if c not in chosen]
     if rest:
         store_as_cores(model, rest)
@@ -92,12 +94,15 @@ def write(program: Program, traced: TracedModel, store: Store = "auto") -> Writt
     return Written(data, storage, folded if chosen else None)
 
 
-def adopt(exported: bytes, traced: TracedModel) -> Written:
-    """The file that torch's exporter made of the traced model, with the model's own names and the program's text."""
+def adopt(exported: bytes, traced: ImportedModel) -> Written:
+    """The file that torch's exporter made of the traced model, or the original, with the model's own names and the
+    program's text."""
     model = onnx_ir.from_proto(onnx.load_model_from_string(exported))
-    name_interface(model, traced.program, traced)
-    data = serialize(finish(model, traced.program))
-    return Written(data, Storage("folded", len(data), len(data), (), 0.0, 0.0, "torch's exporter wrote the file"))
+    if not isinstance(traced, OnnxModel):
+        name_interface(model, traced.program, traced)
+    data = serialize(finish(model, traced.program, traced), strict=not isinstance(traced, OnnxModel))
+    why = "it is the original file" if isinstance(traced, OnnxModel) else "torch's exporter wrote the file"
+    return Written(data, Storage("folded", len(data), len(data), (), 0.0, 0.0, why))
 
 
 def _why(store: Store, found: int, chosen: int) -> str:
@@ -110,11 +115,14 @@ def _why(store: Store, found: int, chosen: int) -> str:
     return f"{found - chosen} of {found} would add over {LOAD_LIMIT} s to the load"
 
 
-def serialize(model: onnx_ir.Model) -> bytes:
-    """A model's bytes, the same for the same model. VerificationError where `onnx.checker` refuses it."""
+def serialize(model: onnx_ir.Model, strict: bool = True) -> bytes:
+    """A model's bytes, the same for the same model. VerificationError where `onnx.checker` refuses it.
+
+    `strict`: its shapes must be those that onnx infers.
+    """
     proto = onnx_ir.to_proto(model)
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(proto, full_check=strict)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().splitlines()[0]
         raise VerificationError(f"the emitted model is not valid ONNX, a fault of tncompile: {reason}") from error

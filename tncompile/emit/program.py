@@ -12,25 +12,29 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir
 
+from tncompile.emit.copied import rebuild
 from tncompile.emit.fuse import fuse
 from tncompile.emit.graph import Symbols, Weights
 from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.network import lower
 from tncompile.emit.opaque import DOMAIN, OPSET, export
-from tncompile.frontend.importer import TracedModel
+from tncompile.frontend.model import ImportedModel
+from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.ir import Network, Node, Opaque, Program, Ref, Switch, Value, dims, evaluate
 
 Lowered = tuple[list[onnx_ir.Node], onnx_ir.Value]
 Shape = onnx_ir.Shape | None
 
 
-def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
+def to_onnx(program: Program, traced: ImportedModel) -> onnx_ir.Model:
     """The ONNX model of a program whose networks are scheduled.
 
-    Only operators that every onnxruntime has; UnsupportedError, with the operator and the user's line, where
-    torch's exporter has no translation.
+    Only operators that every onnxruntime has, or that an ONNX model came with; UnsupportedError, with the operator and
+    the user's line, where torch's exporter has no translation.
     """
-    if not any(isinstance(node, Opaque) for node in program.nodes):
+    if isinstance(traced, OnnxModel):
+        model = rebuild(program, traced)
+    elif not any(isinstance(node, Opaque) for node in program.nodes):
         model = _of_placeholders(program)  # nothing for the exporter to do
     else:
         program = _constants_as_weights(program)
@@ -38,7 +42,7 @@ def to_onnx(program: Program, traced: TracedModel) -> onnx_ir.Model:
     _lower_networks(model, program)
     fuse(model)
     name_interface(model, program, traced)
-    return finish(model, program)
+    return finish(model, program, traced)
 
 
 def network_model(network: Network, shown: bool = True) -> onnx_ir.Model:
@@ -100,7 +104,7 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
     shared = {
         id(array): graph.initializers[name] for name, array in program.weights.items() if name in graph.initializers
     }
-    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    values = [*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)]
     weights = Weights(shared, {*graph.initializers, *program.values, *(v.name for v in values if v.name)})
     symbols: dict[str, tuple[onnx_ir.Value, int, int]] = {}
     for value, given in zip(graph.inputs, program.inputs, strict=True):
@@ -135,7 +139,8 @@ class _Lowering:
         self.graph = graph
         self.weights = weights
         self.symbols = symbols
-        self.taken: set[str] = set()
+        outputs = (output.name or "" for node in graph.all_nodes() for output in node.outputs)
+        self.taken = {node.name or "" for node in graph.all_nodes()} | {n.removesuffix(":out") for n in outputs}
         self.conditions: dict[tuple[str, int], onnx_ir.Value] = {}
 
     def run(self, item: Network | Switch, operands: Mapping[str, onnx_ir.Value], shape: Shape) -> Lowered:

@@ -14,26 +14,25 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from tncompile.errors import SourceRef, UnsupportedError
-from tncompile.frontend.multilinear import Equation, NotMultilinear, Product, Reshape, operator_name, translate
+from tncompile.frontend.equation import NotMultilinear
+from tncompile.frontend.multilinear import operator_name, translate
+from tncompile.frontend.networks import NetworkBuilder, Result, Source
+from tncompile.frontend.sources import innermost_line
 from tncompile.frontend.trace import whole_einsums
 from tncompile.ir import dims
 from tncompile.ir.core import (
     NETWORK_DTYPES,
     Arg,
     Array,
-    Axis,
     Constant,
-    Index,
     Network,
     Node,
     Opaque,
     Program,
     Ref,
-    Tensor,
-    Term,
     Value,
 )
-from tncompile.ir.edit import CannotEdit, fresh, refine, substitute, unique_cores
+from tncompile.ir.edit import CannotEdit, fresh, unique_cores
 
 _DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in NETWORK_DTYPES}
 _REFUSED = {torch.bfloat16, torch.complex32, torch.complex64, torch.complex128}
@@ -96,6 +95,7 @@ class _Importer:
         self.lazy: dict[str, torch.fx.Node] = {}  # constant nodes not evaluated (yet)
         self.reserved: set[str] = set()  # names of values, which weights must not have
         self.shown: dict[str, str] = {}  # weights shown as outputs, by fx name
+        self.builder = NetworkBuilder[torch.fx.Node](self._source)
 
     def run(self) -> TracedModel:
         graph = self.exported.graph_module.graph
@@ -277,89 +277,17 @@ class _Importer:
 
     def _network(self, node: torch.fx.Node, value: torch.Tensor) -> Network:
         translation = translate(node, self._evaluate, self._is_constant)
-        shape = self._shape(value)
-        if isinstance(translation, Reshape):
-            return self._reshape(node, translation.source, shape)
-        return self._from_equation(node, translation, shape, _DTYPE_NAMES[value.dtype])
+        result = Value(node.name, _DTYPE_NAMES[value.dtype], self._shape(value))
+        return self.builder.build(translation, Result(result, layer_of(node), source_of(node)))
 
-    def _from_equation(
-        self, node: torch.fx.Node, equation: Equation, shape: tuple[dims.Dim, ...], dtype: str
-    ) -> Network:
-        sizes: dict[Any, dims.Dim] = {}
-        for label, size in [*_labelled(equation, self._shape_of), *zip(equation.output, shape, strict=True)]:
-            if size != 1 and sizes.setdefault(label, size) != size:
-                raise NotMultilinear(f"sizes {sizes[label]} and {size} of one mode")
-        for factors in (term.factors for term in equation.terms):
-            for _, labels in factors:
-                if any(labels.count(x) > 1 and isinstance(sizes.get(x), str) for x in labels):
-                    raise NotMultilinear("the diagonal of a dynamic mode")
-        indices: dict[Any, Index] = {}
-        for label, size in sizes.items():
-            name = size if isinstance(size, str) and size.isidentifier() else re.sub(r"\W", "_", str(label)) or "d"
-            indices[label] = Index(fresh(name, {i.name for i in indices.values()}), size)
-
-        def axes(labels: Sequence[Any], shape: Sequence[dims.Dim]) -> tuple[Axis, ...]:
-            return tuple(() if size == 1 else (indices[label],) for label, size in zip(labels, shape, strict=True))
-
-        terms = tuple(self._term(node, product, axes, dtype) for product in equation.terms)
-        output = Tensor(node.name, axes(equation.output, shape))
-        present = {i.name for t in terms for x in t.tensors for i in x.indices}
-        for index in output.indices:
-            if index.name not in present and not isinstance(index.size, int):
-                raise NotMultilinear("an expand to a dynamic size")
-        return Network(layer_of(node), terms, output, dtype, source_of(node))
-
-    def _term(self, node: torch.fx.Node, product: Product, axes: Any, dtype: str) -> Term:
-        tensors = [self._tensor(x, axes(labels, self._shape_of(x)), dtype) for x, labels in product.factors]
-        for name, constant, labels in product.constants:
-            data = _rounded(constant.numpy(), dtype)
-            tensors.append(Tensor(name, axes(labels, data.shape), data))
-        if product.scale != 1.0:
-            tensors.append(Tensor(f"{node.name}.scale", (), _rounded(np.asarray(product.scale), dtype)))
-        return Term(tuple(tensors))
-
-    def _tensor(self, source: Any, axes: tuple[Axis, ...], dtype: str) -> Tensor:
-        if not isinstance(source, torch.fx.Node) or _DTYPE_NAMES.get(source.meta["val"].dtype) != dtype:
-            raise NotMultilinear("operands of several dtypes")
-        if source.name in self.weight_of:
-            name = self.weight_of[source.name]
-            return Tensor(name, axes, self.weights[name])
-        return Tensor(source.name, axes)
-
-    def _shape_of(self, node: torch.fx.Node) -> tuple[dims.Dim, ...]:
-        return self._shape(node.meta["val"])
-
-    def _reshape(self, node: torch.fx.Node, source: torch.fx.Node, shape: tuple[dims.Dim, ...]) -> Network:
-        """A view is a network of one tensor whose modes are grouped in another way."""
-        before = self._shape_of(source)
-        names: set[str] = set()
-
-        def axis(prefix: str, k: int, size: dims.Dim) -> Axis:
-            if size == 1:
-                return ()
-            name = fresh(size if isinstance(size, str) and size.isidentifier() else f"{prefix}{k}", names)
-            names.add(name)
-            return (Index(name, size),)
-
-        inputs = tuple(axis("d", k, s) for k, s in enumerate(before))
-        outputs = tuple(axis("e", k, s) for k, s in enumerate(shape))
-        flat_in = tuple(i for a in inputs for i in a)
-        flat_out = tuple(i for a in outputs for i in a)
-        split_in, split_out = refine(flat_in, flat_out, names)
-        dtype = _DTYPE_NAMES[node.meta["val"].dtype]
-        network = Network(
-            layer_of(node),
-            (Term((self._tensor(source, inputs, dtype),)),),
-            Tensor(node.name, inputs),
-            dtype,
-            source_of(node),
-        )
-        network = substitute(network, split_in)
-        source_parts = [i for a in network.output.axes for i in a]
-        outputs = tuple(tuple(p for i in a for p in split_out.get(i.name, (i,))) for a in outputs)
-        parts = iter(source_parts)
-        grouped = tuple(tuple(next(parts) for _ in a) for a in outputs)
-        return Network(network.name, network.terms, Tensor(node.name, grouped), dtype, network.source)
+    def _source(self, node: Any) -> Source:
+        if not isinstance(node, torch.fx.Node):
+            raise NotMultilinear("a tensor was expected")
+        value = node.meta["val"]
+        weight = self.weight_of.get(node.name)
+        dtype = _DTYPE_NAMES.get(value.dtype, "")
+        shown = Value(node.name if weight is None else weight, dtype, self._shape(value))
+        return Source(shown, None if weight is None else self.weights[weight])
 
     # -------------------------------------------------------------------------------- outputs
 
@@ -391,30 +319,8 @@ class _Importer:
         return {name: array for name, array in self.weights.items() if name in used}
 
 
-def _rounded(constant: Array, dtype: str) -> Array:
-    """A constant of ours in the network's dtype. NotMultilinear where that would lose it."""
-    with np.errstate(over="ignore", under="ignore"):
-        rounded = np.asarray(constant.astype(dtype))
-    tiny = (constant != 0) & (np.abs(rounded) < np.finfo(dtype).tiny)
-    if not np.all(np.isfinite(rounded)) or np.any(tiny):
-        raise NotMultilinear(f"a factor beyond the range of {dtype}")
-    return rounded
-
-
 def _not_empty(tensor: torch.Tensor) -> bool:
     return not any(isinstance(size, int) and size == 0 for size in tensor.shape)
-
-
-def _labelled(equation: Equation, shape_of: Any) -> list[tuple[Any, dims.Dim]]:
-    pairs: list[tuple[Any, dims.Dim]] = []
-    for term in equation.terms:
-        for node, labels in term.factors:
-            if not isinstance(node, torch.fx.Node):
-                raise NotMultilinear("a tensor was expected")
-            pairs += zip(labels, shape_of(node), strict=True)
-        for _, tensor, labels in term.constants:
-            pairs += zip(labels, (int(s) for s in tensor.shape), strict=True)
-    return pairs
 
 
 def output_names(exported: torch.export.ExportedProgram) -> list[str]:
@@ -436,10 +342,4 @@ def layer_of(node: torch.fx.Node) -> str:
 
 def source_of(node: torch.fx.Node) -> SourceRef:
     """The user's line of Python: the innermost one outside installed packages, or at least outside torch."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n(?:\s+([^\n]*))?', node.meta.get("stack_trace") or "")
-    for package in ("/site-packages/", "/torch/"):
-        outside = [f for f in frames if package not in f[0].replace("\\", "/")]
-        if outside:
-            break
-    file, line, code = (outside or frames or [("", 0, "")])[-1]
-    return SourceRef(layer_of(node), file, int(line), code)
+    return innermost_line(node.meta.get("stack_trace") or "", layer_of(node))

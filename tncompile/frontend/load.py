@@ -15,6 +15,9 @@ from tncompile.frontend.files.inputs import InputSpec
 if TYPE_CHECKING:
     import torch
 
+    from tncompile.frontend.model import LoadedModel
+    from tncompile.frontend.onnx.importer import OnnxModel
+
 SAVE = "tncompile.save(model.eval(), example_inputs, path)"
 
 
@@ -31,8 +34,8 @@ class LoadOptions:
     trust_pickle: bool = False
 
 
-def load(path: str | os.PathLike[str], options: LoadOptions | None = None) -> torch.export.ExportedProgram:
-    """The traced model in a file of any kind that is taken, whatever its name.
+def load(path: str | os.PathLike[str], options: LoadOptions | None = None) -> LoadedModel:
+    """The model in a file of any kind that is taken, whatever its name.
 
     Raises LoadError, with the file's name and what to do, for anything else, and UnsupportedError where the module
     in it cannot be traced. No code from the file runs unless `options` trust it.
@@ -139,8 +142,18 @@ def _traced(module: torch.nn.Module, options: LoadOptions) -> torch.export.Expor
 
 
 #: how each kind of file is loaded; all others are refused
-_LOADERS: Mapping[str, Callable[[Path, LoadOptions], torch.export.ExportedProgram]] = {
+def _onnx(path: Path, options: LoadOptions) -> OnnxModel:
+    from tncompile.frontend.onnx.importer import import_onnx
+
+    _no_factory(options)
+    if options.inputs:
+        raise LoadError("an ONNX model has its own inputs; leave --input out")
+    return import_onnx(path)
+
+
+_LOADERS: Mapping[str, Callable[[Path, LoadOptions], LoadedModel]] = {
     "exported program": _exported,
+    "ONNX": _onnx,
     "TorchScript": _script,
     "pickle": _pickle,
     "plain pickle": _pickle,
@@ -171,7 +184,6 @@ def _refusal(kind: str) -> str:
     return {
         "empty": "the file is empty; save it again",
         "old exported program": "an exported program of an old version of torch; export it again with torch >= 2.9",
-        "ONNX": f"already an ONNX model; from the PyTorch module it came from, {SAVE}",
         "npz": f"numpy arrays, not a model; load them into the module, then {SAVE}",
         "HDF5": f"an HDF5 file, as Keras and others write; in PyTorch, {SAVE}",
     }.get(kind, f"not a model that tncompile can read; in PyTorch, {SAVE}")

@@ -1,51 +1,24 @@
-"""Which ATen operations are multilinear, and the einsum each of them is.
-
-An operation is written as a sum of terms over *labels*: `Equation` pairs every tensor with one label for
-each of its axes. A label on no output is summed. An axis of size 1 carries no index, so that broadcasting
-needs no rules of its own.
-"""
+"""Which ATen operations are multilinear, and the einsum each of them is (see `tncompile.frontend.equation`)."""
 
 from __future__ import annotations
 
 import math
-import string
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-Label = Hashable
+from tncompile.frontend import equation as algebra
+from tncompile.frontend.equation import Label, NotMultilinear
+from tncompile.frontend.equation import labels as _labels
+from tncompile.frontend.equation import number as _number
+from tncompile.frontend.equation import single as _single
 
-
-class NotMultilinear(Exception):
-    """The operation, with these arguments, is not a network; it stays opaque. The text says why."""
-
-
-@dataclass
-class Product:
-    """One term: tensors with their labels, times a number, times (optionally) computed constant factors."""
-
-    factors: list[tuple[torch.fx.Node, list[Label]]]
-    scale: float = 1.0
-    constants: list[tuple[str, torch.Tensor, list[Label]]] = field(default_factory=list)
-
-
-@dataclass
-class Equation:
-    """``output labels = sum of terms``."""
-
-    terms: list[Product]
-    output: Sequence[Label]
-
-
-@dataclass
-class Reshape:
-    """A reshape of one tensor; whether its modes nest is known only where sizes are."""
-
-    source: torch.fx.Node
-
-
+Product = algebra.Product[torch.fx.Node]
+Equation = algebra.Equation[torch.fx.Node]
+Reshape = algebra.Reshape[torch.fx.Node]
 Translation = Equation | Reshape
 Translator = Callable[..., Translation]
 _TRANSLATORS: dict[str, Translator] = {}
@@ -113,29 +86,13 @@ def _rank(node: Any) -> int:
     return len(shape_of(node))
 
 
-def _labels(prefix: str, count: int) -> list[Label]:
-    return [f"{prefix}{k}" for k in range(count)]
-
-
 def _axis(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
 def _elementwise(node: torch.fx.Node, rank: int) -> list[Label]:
     """Labels that align the axes of a tensor to the right, as broadcasting does."""
-    return _labels("d", rank)[rank - _rank(node) :]
-
-
-def _single(source: torch.fx.Node, labels: list[Label], output: list[Label], scale: float = 1.0) -> Equation:
-    return Equation([Product([(source, labels)], scale)], output)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, (bool, complex)) or not isinstance(value, (int, float)):
-        raise NotMultilinear("a factor that is not a plain number")
-    if not math.isfinite(value):
-        raise NotMultilinear("a factor that is not finite")
-    return float(value)
+    return algebra.broadcast(_rank(node), rank)
 
 
 # ------------------------------------------------------------------------------------ products
@@ -153,14 +110,7 @@ def _linear(c: Context, x: Any, weight: Any, bias: Any = None) -> Equation:
 
 @_register("mm", "bmm", "matmul")
 def _matmul(c: Context, a: Any, b: Any) -> Equation:
-    rank_a, rank_b = _rank(a), _rank(b)
-    if not rank_a or not rank_b:
-        raise NotMultilinear("matmul of a scalar")
-    batch = _labels("d", max(rank_a, rank_b, 2) - 2)
-    left = [*batch[len(batch) - max(rank_a - 2, 0) :], *(["m"] if rank_a > 1 else []), "k"]
-    right = [*batch[len(batch) - max(rank_b - 2, 0) :], "k", *(["n"] if rank_b > 1 else [])]
-    output = [*batch, *(["m"] if rank_a > 1 else []), *(["n"] if rank_b > 1 else [])]
-    return Equation([Product([(a, left), (b, right)])], output)
+    return algebra.matmul(a, _rank(a), b, _rank(b))
 
 
 @_register("dot", "vdot")
@@ -219,22 +169,7 @@ def _tensordot(c: Context, a: Any, b: Any, dims_a: Sequence[int], dims_b: Sequen
 
 @_register("einsum")
 def _einsum(c: Context, equation: str, operands: Sequence[Any], *, path: Any = None) -> Equation:
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    subscripts = inputs.split(",")
-    widths = [_rank(x) - len(s.replace("...", "")) for s, x in zip(subscripts, operands, strict=True) if "..." in s]
-    ellipsis = [f"...{k}" for k in range(max(widths, default=0))]
-
-    def labels(subscript: str, width: int) -> list[Label]:
-        before, dots, after = subscript.partition("...")
-        return [*before, *(ellipsis[len(ellipsis) - width :] if dots else []), *after]
-
-    factors = [(x, labels(s, _rank(x) - len(s.replace("...", "")))) for s, x in zip(subscripts, operands, strict=True)]
-    if arrow:
-        result = labels(output, len(ellipsis))
-    else:
-        letters = "".join(subscripts).replace(".", "")
-        result = [*ellipsis, *(x for x in string.ascii_uppercase + string.ascii_lowercase if letters.count(x) == 1)]
-    return Equation([Product(factors)], result)
+    return algebra.einsum(equation, operands, [_rank(x) for x in operands])
 
 
 @_register("linalg_multi_dot", "chain_matmul")
@@ -269,7 +204,7 @@ def _div(c: Context, a: Any, b: Any, *, rounding_mode: Any = None) -> Equation:
         return _single(a, _elementwise(a, rank), _labels("d", rank), 1.0 / _number(b))
     if not c.is_constant(b):
         raise NotMultilinear("a division by a value that is not constant")
-    inverse = (f"{b.name}.reciprocal", c.constant(b).double().reciprocal(), _elementwise(b, rank))
+    inverse = (f"{b.name}.reciprocal", c.constant(b).double().reciprocal().numpy(), _elementwise(b, rank))
     return Equation([Product([(a, _elementwise(a, rank))], constants=[inverse])], _labels("d", rank))
 
 
@@ -299,7 +234,7 @@ def _add(c: Context, a: Any, b: Any, *, alpha: Any = 1) -> Equation:
         if isinstance(x, torch.fx.Node):
             terms.append(Product([(x, _elementwise(x, rank))], scale))
         elif _number(x) * scale != 0:
-            value = torch.tensor(_number(x) * scale, dtype=torch.float64)
+            value = np.asarray(_number(x) * scale)
             terms.append(Product([], constants=[(f"{c.node.name}.constant", value, [])]))
     return Equation(terms, _labels("d", rank))
 
@@ -405,7 +340,7 @@ def _select(c: Context, a: Any, dim: int, index: int) -> Equation:
     # evaluated, a weight that is computed from cores would be one of its own: a full table, perhaps
     unit = torch.zeros(size, dtype=torch.float64)
     unit[index] = 1.0
-    return Equation([Product([(a, labels)], constants=[(f"{c.node.name}.unit", unit, [labels[axis]])])], rest)
+    return Equation([Product([(a, labels)], constants=[(f"{c.node.name}.unit", unit.numpy(), [labels[axis]])])], rest)
 
 
 @_register("expand", "expand_as", "broadcast_to", "expand_copy")
@@ -465,11 +400,12 @@ def _batch_norm(c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any,
     if bias is not None:
         shift = shift + c.constant(bias).double()
     labels = _labels("d", _rank(x))
+    factor, offset = scale.numpy(), shift.numpy()
     prefix = mean.name.removeprefix("b_").removesuffix("_running_mean")
     return Equation(
         [
-            Product([(x, labels)], constants=[(f"{prefix}.scale", scale, [labels[1]])]),
-            Product([], constants=[(f"{prefix}.shift", shift, [labels[1]])]),
+            Product([(x, labels)], constants=[(f"{prefix}.scale", factor, [labels[1]])]),
+            Product([], constants=[(f"{prefix}.shift", offset, [labels[1]])]),
         ],
         labels,
     )

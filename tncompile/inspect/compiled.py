@@ -11,10 +11,10 @@ from tncompile.ir import text as ir_text
 KEY = "tncompile.program"
 
 
-def program_of(path: str | os.PathLike[str]) -> Program:
+def program_of(path: str | os.PathLike[str]) -> Program | None:
     """Read the program of an ONNX file that tncompile wrote; its cores have shapes but no numbers.
 
-    LoadError for another ONNX file.
+    None for another ONNX file, LoadError for a damaged one.
     """
     import onnx
 
@@ -23,6 +23,4 @@ def program_of(path: str | os.PathLike[str]) -> Program:
     except Exception as error:  # protobuf's own errors have no common base
         raise LoadError(f"{path}: not a readable ONNX file ({error})") from error
     text = {p.key: p.value for p in model.metadata_props}.get(KEY)
-    if text is None:
-        raise LoadError(f"{path}: an ONNX file that tncompile did not write; give the exported program instead")
-    return ir_text.parse(text)
+    return None if text is None else ir_text.parse(text)

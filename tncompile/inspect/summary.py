@@ -59,7 +59,8 @@ class NetworkSummary:
 class Report:
     """The whole story of one compile; prints as a table, `to_dict` is what ``--report`` writes.
 
-    `device` is what it was planned for, `profile` where the figures of that device come from.
+    `device` is what it was planned for, `profile` where the figures of that device come from; `lowered` says what
+    became of opaque operations.
     """
 
     networks: tuple[NetworkSummary, ...]
@@ -77,6 +78,7 @@ class Report:
     device: str = ""
     settled: Settled | None = None
     profile: str = ""
+    lowered: str = "lowered by torch's exporter"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -108,7 +110,7 @@ class Report:
         else:
             parts.append(Text("no tensor networks with weights in this model"))
         rest = [f"{self.views} views and sums without weights" * (self.views > 0)]
-        rest.append(f"{self.opaque} other operations lowered by torch's exporter" * (self.opaque > 0))
+        rest.append(f"{self.opaque} other operations {self.lowered}" * (self.opaque > 0))
         if any(rest):
             parts.append(Text("also " + ", ".join(r for r in rest if r)))
         if self.check is None:
@@ -117,6 +119,7 @@ class Report:
             runs = "; ".join(self.check.runs)
             parts.append(Text(f"check {'passed' if self.check.passed else 'FAILED'}, against float64 at {runs}"))
             parts += [Text(f"  {output}") for output in self.check.outputs]
+            parts += [Text(f"  {self.check.note}")] * bool(self.check.note)
         if self.settled:
             parts.append(Text(str(self.settled)))
         if self.profile:

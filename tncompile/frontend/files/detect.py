@@ -17,6 +17,9 @@ from tncompile.frontend.files.legacy import object_span
 _LARGEST_PICKLE = 1 << 28  # bytes of a model's structure; its tensors are apart
 _PLAIN = ("torch._utils.", "torch.", "collections.OrderedDict", "collections.Counter")
 
+# the field of an ONNX model behind ir_version: producer, version, domain, text, graph, operator sets, metadata
+_AFTER_IR_VERSION = (b"\x12", b"\x1a", b"\x22", b"\x28", b"\x32", b"\x3a", b"\x42", b"\x72")
+
 
 def detect(path: Path) -> str:
     """What kind of file this is, from its content alone. LoadError where it is missing or cannot be read."""
@@ -40,7 +43,7 @@ def detect(path: Path) -> str:
         return _detect_zip(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    if head[0] == 0x08 and head[1] < 64 and b"\x12" in head[2:4] + head[4:]:
+    if head[0] == 0x08 and 0 < head[1] < 64 and head[2:3] in _AFTER_IR_VERSION:
         return "ONNX"
     if head.startswith(b"\x89HDF"):
         return "HDF5"
