@@ -6,13 +6,14 @@ import operator
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+import tncompile.frontend.convolutions  # noqa: F401 - its translators
 from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.multilinear import Equation, NotMultilinear, Product, Reshape, operator_name, translate
 from tncompile.frontend.trace import whole_einsums
@@ -32,6 +33,7 @@ from tncompile.ir.core import (
     Tensor,
     Term,
     Value,
+    Window,
 )
 from tncompile.ir.edit import CannotEdit, fresh, refine, substitute, unique_cores
 
@@ -273,8 +275,10 @@ class _Importer:
     def _from_equation(
         self, node: torch.fx.Node, equation: Equation, shape: tuple[dims.Dim, ...], dtype: str
     ) -> Network:
-        sizes: dict[Any, dims.Dim] = {}
+        sizes: dict[Any, dims.Dim] = dict(equation.sizes)
         for label, size in [*_labelled(equation, self._shape_of), *zip(equation.output, shape, strict=True)]:
+            if isinstance(label, tuple):
+                continue
             if size != 1 and sizes.setdefault(label, size) != size:
                 raise NotMultilinear(f"sizes {sizes[label]} and {size} of one mode")
         for factors in (term.factors for term in equation.terms):
@@ -286,12 +290,26 @@ class _Importer:
             name = size if isinstance(size, str) and size.isidentifier() else re.sub(r"\W", "_", str(label)) or "d"
             indices[label] = Index(fresh(name, {i.name for i in indices.values()}), size)
 
-        def axes(labels: Sequence[Any], shape: Sequence[dims.Dim]) -> tuple[Axis, ...]:
-            return tuple(() if size == 1 else (indices[label],) for label, size in zip(labels, shape, strict=True))
+        slid = {label for w in equation.windows for label in (w.axis, w.kernel, w.out)}
+        for label in slid - {*indices}:
+            indices[label] = Index(fresh(label, {i.name for i in indices.values()}), 1)
 
+        def axis(label: Any, size: dims.Dim) -> Axis:
+            if isinstance(label, tuple):
+                return tuple(indices[part] for part in label if sizes[part] != 1)
+            return () if size == 1 and label not in slid else (indices[label],)
+
+        def axes(labels: Sequence[Any], shape: Sequence[dims.Dim]) -> tuple[Axis, ...]:
+            return tuple(axis(label, size) for label, size in zip(labels, shape, strict=True))
+
+        windows = [
+            replace(w, axis=indices[w.axis].name, kernel=indices[w.kernel].name, out=indices[w.out].name)
+            for w in equation.windows
+        ]
         terms = tuple(self._term(node, product, axes, dtype) for product in equation.terms)
+        terms = tuple(_with_windows(term, windows) for term in terms)
         output = Tensor(node.name, axes(equation.output, shape))
-        present = {i.name for t in terms for x in t.tensors for i in x.indices}
+        present = {i.name for t in terms for x in t.tensors for i in x.indices} | {w.out for w in windows}
         for index in output.indices:
             if index.name not in present and not isinstance(index.size, int):
                 raise NotMultilinear("an expand to a dynamic size")
@@ -377,6 +395,11 @@ class _Importer:
     def _used_weights(self, outputs: tuple[tuple[str, str], ...]) -> dict[str, Array]:
         used = {name for n in self.nodes if isinstance(n, Opaque) for name in n.inputs}
         return {name: array for name, array in self.weights.items() if name in used}
+
+
+def _with_windows(term: Term, windows: Sequence[Window]) -> Term:
+    """A term with the windows over its tensors."""
+    return replace(term, windows=tuple(w for w in windows if w.axis in term.indices))
 
 
 def _rounded(constant: Array, dtype: str) -> Array:

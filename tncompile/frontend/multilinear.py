@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from tncompile.ir import Window
 
 Label = Hashable
 
@@ -33,10 +35,16 @@ class Product:
 
 @dataclass
 class Equation:
-    """``output labels = sum of terms``."""
+    """``output labels = sum of terms``.
+
+    A tuple of labels in the place of one is an axis that groups several, whose sizes `sizes` has. `windows` are named
+    by labels; they belong to the terms that have their axis, and their labels stay where they are of size 1.
+    """
 
     terms: list[Product]
     output: Sequence[Label]
+    sizes: Mapping[Label, int] = field(default_factory=dict)
+    windows: Sequence[Window] = ()
 
 
 @dataclass
@@ -90,7 +98,9 @@ class Context:
     is_constant: Callable[[Any], bool]
 
 
-def _register(*names: str) -> Callable[[Translator], Translator]:
+def register(*names: str) -> Callable[[Translator], Translator]:
+    """Make a function the translator of some ATen operations."""
+
     def add(function: Translator) -> Translator:
         for name in names:
             _TRANSLATORS[f"aten.{name}"] = function
@@ -141,7 +151,7 @@ def _number(value: Any) -> float:
 # ------------------------------------------------------------------------------------ products
 
 
-@_register("linear")
+@register("linear")
 def _linear(c: Context, x: Any, weight: Any, bias: Any = None) -> Equation:
     lead = _labels("d", _rank(x) - 1)
     out: list[Label] = ["o"] if _rank(weight) == 2 else []
@@ -151,7 +161,7 @@ def _linear(c: Context, x: Any, weight: Any, bias: Any = None) -> Equation:
     return Equation(terms, [*lead, *out])
 
 
-@_register("mm", "bmm", "matmul")
+@register("mm", "bmm", "matmul")
 def _matmul(c: Context, a: Any, b: Any) -> Equation:
     rank_a, rank_b = _rank(a), _rank(b)
     if not rank_a or not rank_b:
@@ -163,28 +173,28 @@ def _matmul(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, left), (b, right)])], output)
 
 
-@_register("dot", "vdot")
+@register("dot", "vdot")
 def _dot(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, ["k"]), (b, ["k"])])], [])
 
 
-@_register("mv")
+@register("mv")
 def _mv(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, ["m", "k"]), (b, ["k"])])], ["m"])
 
 
-@_register("outer", "ger")
+@register("outer", "ger")
 def _outer(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, ["m"]), (b, ["n"])])], ["m", "n"])
 
 
-@_register("inner")
+@register("inner")
 def _inner(c: Context, a: Any, b: Any) -> Equation:
     left, right = _labels("m", _rank(a) - 1), _labels("n", _rank(b) - 1)
     return Equation([Product([(a, [*left, "k"]), (b, [*right, "k"])])], [*left, *right])
 
 
-@_register("addmm", "baddbmm", "addmv", "addbmm")
+@register("addmm", "baddbmm", "addmv", "addbmm")
 def _addmm(c: Context, bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Equation:
     rank_a, rank_b = _rank(a), _rank(b)
     batch: list[Label] = ["d"] if rank_a == 3 else []
@@ -199,7 +209,7 @@ def _addmm(c: Context, bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any =
     )
 
 
-@_register("bilinear")
+@register("bilinear")
 def _bilinear(c: Context, a: Any, b: Any, weight: Any, bias: Any = None) -> Equation:
     lead = _labels("d", _rank(a) - 1)
     terms = [Product([(a, [*lead, "i"]), (weight, ["o", "i", "j"]), (b, [*lead, "j"])])]
@@ -208,7 +218,7 @@ def _bilinear(c: Context, a: Any, b: Any, weight: Any, bias: Any = None) -> Equa
     return Equation(terms, [*lead, "o"])
 
 
-@_register("tensordot")
+@register("tensordot")
 def _tensordot(c: Context, a: Any, b: Any, dims_a: Sequence[int], dims_b: Sequence[int]) -> Equation:
     left, right = _labels("m", _rank(a)), _labels("n", _rank(b))
     for k, (p, q) in enumerate(zip(dims_a, dims_b, strict=True)):
@@ -217,7 +227,7 @@ def _tensordot(c: Context, a: Any, b: Any, dims_a: Sequence[int], dims_b: Sequen
     return Equation([Product([(a, left), (b, right)])], [x for x in (*left, *right) if x not in summed])
 
 
-@_register("einsum")
+@register("einsum")
 def _einsum(c: Context, equation: str, operands: Sequence[Any], *, path: Any = None) -> Equation:
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     subscripts = inputs.split(",")
@@ -237,7 +247,7 @@ def _einsum(c: Context, equation: str, operands: Sequence[Any], *, path: Any = N
     return Equation([Product(factors)], result)
 
 
-@_register("linalg_multi_dot", "chain_matmul")
+@register("linalg_multi_dot", "chain_matmul")
 def _multi_dot(c: Context, matrices: Sequence[Any]) -> Equation:
     factors: list[tuple[torch.fx.Node, list[Label]]] = []
     last = len(matrices) - 1
@@ -248,7 +258,7 @@ def _multi_dot(c: Context, matrices: Sequence[Any]) -> Equation:
     return Equation([Product(factors)], output)
 
 
-@_register("mul")
+@register("mul")
 def _mul(c: Context, a: Any, b: Any) -> Equation:
     rank = len(shape_of(c.node))
     if not isinstance(a, torch.fx.Node):
@@ -258,7 +268,7 @@ def _mul(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, _elementwise(a, rank)), (b, _elementwise(b, rank))])], _labels("d", rank))
 
 
-@_register("div", "true_divide")
+@register("div", "true_divide")
 def _div(c: Context, a: Any, b: Any, *, rounding_mode: Any = None) -> Equation:
     rank = len(shape_of(c.node))
     if rounding_mode is not None or not isinstance(a, torch.fx.Node):
@@ -273,13 +283,13 @@ def _div(c: Context, a: Any, b: Any, *, rounding_mode: Any = None) -> Equation:
     return Equation([Product([(a, _elementwise(a, rank))], constants=[inverse])], _labels("d", rank))
 
 
-@_register("neg")
+@register("neg")
 def _neg(c: Context, a: Any) -> Equation:
     labels = _labels("d", _rank(a))
     return _single(a, labels, labels, -1.0)
 
 
-@_register("addcmul")
+@register("addcmul")
 def _addcmul(c: Context, base: Any, a: Any, b: Any, *, value: Any = 1) -> Equation:
     rank = len(shape_of(c.node))
     product = Product([(a, _elementwise(a, rank)), (b, _elementwise(b, rank))], _number(value))
@@ -289,7 +299,7 @@ def _addcmul(c: Context, base: Any, a: Any, b: Any, *, value: Any = 1) -> Equati
 # ------------------------------------------------------------------------------------ sums
 
 
-@_register("add", "sub", "rsub")
+@register("add", "sub", "rsub")
 def _add(c: Context, a: Any, b: Any, *, alpha: Any = 1) -> Equation:
     rank = len(shape_of(c.node))
     name = operator_name(c.node)
@@ -304,7 +314,7 @@ def _add(c: Context, a: Any, b: Any, *, alpha: Any = 1) -> Equation:
     return Equation(terms, _labels("d", rank))
 
 
-@_register("sum", "mean")
+@register("sum", "mean")
 def _sum(c: Context, a: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Equation:
     shape = shape_of(a)
     if dtype not in (None, a.meta["val"].dtype):
@@ -325,49 +335,49 @@ def _sum(c: Context, a: Any, dim: Any = None, keepdim: bool = False, *, dtype: A
 # ------------------------------------------------------------------------------------ views
 
 
-@_register("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "_reshape_alias")
+@register("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "_reshape_alias")
 def _reshape(c: Context, a: Any, *_: Any) -> Reshape:
     return Reshape(a)
 
 
-@_register("squeeze", "unsqueeze", "squeeze_copy", "unsqueeze_copy")
+@register("squeeze", "unsqueeze", "squeeze_copy", "unsqueeze_copy")
 def _squeeze(c: Context, a: Any, *_: Any) -> Reshape:
     return Reshape(a)
 
 
-@_register("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "reshape_as")
+@register("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "reshape_as")
 def _identity(c: Context, a: Any, *_: Any, memory_format: Any = None) -> Reshape:
     return Reshape(a)
 
 
-@_register("slice", "slice_copy")
+@register("slice", "slice_copy")
 def _slice(c: Context, a: Any, *_: Any, **__: Any) -> Reshape:
     if [str(s) for s in shape_of(a)] != [str(s) for s in shape_of(c.node)]:
         raise NotMultilinear("a slice of a part")
     return Reshape(a)  # the whole of a mode: what the colon of ``x[:, None]`` leaves
 
 
-@_register("dropout")
+@register("dropout")
 def _dropout(c: Context, a: Any, p: float, train: bool) -> Reshape:
     if train:
         raise NotMultilinear("dropout in training mode")
     return Reshape(a)
 
 
-@_register("_to_copy", "to")
+@register("_to_copy", "to")
 def _to(c: Context, a: Any, *_: Any, **__: Any) -> Reshape:
     if a.meta["val"].dtype != c.node.meta["val"].dtype:
         raise NotMultilinear("a change of dtype")
     return Reshape(a)
 
 
-@_register("permute", "permute_copy")
+@register("permute", "permute_copy")
 def _permute(c: Context, a: Any, order: Sequence[int]) -> Equation:
     labels = _labels("d", _rank(a))
     return _single(a, labels, [labels[k] for k in order])
 
 
-@_register("transpose", "swapaxes", "swapdims", "transpose_copy")
+@register("transpose", "swapaxes", "swapdims", "transpose_copy")
 def _transpose(c: Context, a: Any, p: int, q: int) -> Equation:
     labels = _labels("d", _rank(a))
     output = list(labels)
@@ -376,13 +386,13 @@ def _transpose(c: Context, a: Any, p: int, q: int) -> Equation:
     return _single(a, labels, output)
 
 
-@_register("t", "numpy_T", "adjoint", "mT")
+@register("t", "numpy_T", "adjoint", "mT")
 def _t(c: Context, a: Any) -> Equation:
     labels = _labels("d", _rank(a))
     return _single(a, labels, labels[::-1] if "numpy" in operator_name(c.node) else [*labels[:-2], *labels[:-3:-1]])
 
 
-@_register("movedim", "moveaxis")
+@register("movedim", "moveaxis")
 def _movedim(c: Context, a: Any, source: Any, target: Any) -> Equation:
     rank = _rank(a)
     sources = [_axis(d, rank) for d in ([source] if isinstance(source, int) else source)]
@@ -393,13 +403,13 @@ def _movedim(c: Context, a: Any, source: Any, target: Any) -> Equation:
     return _single(a, labels, [labels[placed[k] if k in placed else next(rest)] for k in range(rank)])
 
 
-@_register("expand", "expand_as", "broadcast_to", "expand_copy")
+@register("expand", "expand_as", "broadcast_to", "expand_copy")
 def _expand(c: Context, a: Any, *_: Any, implicit: bool = False) -> Equation:
     rank = len(shape_of(c.node))
     return _single(a, _elementwise(a, rank), _labels("d", rank))
 
 
-@_register("diagonal", "diagonal_copy")
+@register("diagonal", "diagonal_copy")
 def _diagonal(c: Context, a: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Equation:
     labels = _labels("d", _rank(a))
     p, q = _axis(dim1, len(labels)), _axis(dim2, len(labels))
@@ -412,31 +422,7 @@ def _diagonal(c: Context, a: Any, offset: int = 0, dim1: int = 0, dim2: int = 1)
 # ------------------------------------------------------------------------------------ layers
 
 
-@_register("conv1d", "conv2d", "conv3d", "convolution")
-def _pointwise_convolution(
-    c: Context, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, *rest: Any
-) -> Equation:
-    kernel = shape_of(weight)[2:]
-    if any(k != 1 for k in kernel) or _rank(x) != _rank(weight):
-        raise NotMultilinear("a convolution with a window")
-    transposed, groups = (rest[0], rest[2]) if len(rest) == 3 else (False, rest[0] if rest else 1)
-    if transposed or not _all(stride, 1) or not _all(padding, 0):
-        raise NotMultilinear("a convolution with a stride, padding or transposed")
-    if groups != 1:
-        raise NotMultilinear("a grouped convolution")
-    space = _labels("s", len(kernel))
-    product = Product([(x, ["b", "i", *space]), (weight, ["o", "i", *_labels("w", len(kernel))])])
-    terms = [product] + ([] if bias is None else [Product([(bias, ["o"])])])
-    return Equation(terms, ["b", "o", *space])
-
-
-def _all(values: Any, wanted: int) -> bool:
-    if isinstance(values, str):
-        return wanted == 0  # "valid" and "same" pad nothing for a kernel of size 1
-    return all(v == wanted for v in (values if isinstance(values, (list, tuple)) else [values]))
-
-
-@_register("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")
+@register("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")
 def _batch_norm(c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Equation:
     *training, _, eps = rest[:3] if "legit" not in operator_name(c.node) else rest
     if any(training):
