@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from tncompile.errors import TNCompileError, VerificationError
 from tncompile.ir import Program, Stage, verify
 from tncompile.passes.base import Context, Pass, PassReport
+from tncompile.passes.blocks import Blocks
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
@@ -25,11 +26,13 @@ DEFAULT: tuple[Pass, ...] = (
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
     MergeCores(),  # leaves a smaller network to search
+    Blocks(),  # merged bonds are gone
     Order(),  # its schedules fit the networks as they now are: only what knows of them may follow
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, MergeCores, Dense, Order, Layout, Limit)}
+_EVERY = (Clean, Stacks, Fold, MergeCores, Blocks, Dense, Order, Layout, Limit)
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in _EVERY}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as onnx
 
-from tncompile.cost.schedule import classify, convolution, reduced_layout
+from tncompile.cost.schedule import MAX_SPACE, classify, convolution, reduced_layout
 from tncompile.emit.graph import Arranged, GraphWriter, Group, Groups, Laid, Symbols, Weights
 from tncompile.emit.slices import in_slices
 from tncompile.ir import Array, Index, Network, Step, Tensor, Term, Window
@@ -276,21 +276,31 @@ class _Lowering:
         by_axis = {w.axis: w for w in windows if w.axis in left.order and w.kernel in names}
         parts = convolution(left.order, names, [*by_axis.values()], {*order})
         free = tuple(n for n in order if n in parts.filters)
-        space = [(by_axis[n].kernel, by_axis[n].out) if n in by_axis else (None, n) for n in parts.space]
-        slid = [by_axis.get(n) for n in parts.space]
-        left = self.write.arrange(left, (parts.batch, (*parts.groups, *parts.channels), *((n,) for n in parts.space)))
-        kernels: Groups = tuple(() if kernel is None else (kernel,) for kernel, _ in space)
+        channels = (*parts.groups, *parts.channels)
+        back = {w.out: w.axis for w in by_axis.values()}
+        images: Groups = tuple(tuple(back.get(n, n) for n in axis) for axis in self.out_axes[2:])
+        if (
+            [n for axis in images for n in axis] != [*parts.space]
+            or len(images) > MAX_SPACE
+            or max(map(len, images)) > 1
+        ):
+            images = tuple((n,) for n in parts.space)
+        left = self.write.arrange(left, (parts.batch, channels, *images))  # of one column where the output has one
+        slid = [by_axis.get(axis[0]) if axis else None for axis in left.axes[2:]]
+        kernels: Groups = tuple(() if w is None else (w.kernel,) for w in slid)
         weight = self._side(core, ((*parts.groups, *free), parts.channels, *kernels))
         padding = [(0, 0) if w is None else w.padding for w in slid]
         value = self.write.op(
             "Conv",
             [left.value, weight.value],
+            kernel_shape=[int(self.write.size(axis)) for axis in kernels],
             group=int(self.write.size(parts.groups)),
             strides=[1 if w is None else w.stride for w in slid],
             dilations=[1 if w is None else w.dilation for w in slid],
             pads=[before for before, _ in padding] + [after for _, after in padding],
         )
-        return Laid(value, (parts.batch, (*parts.groups, *free), *((out,) for _, out in space)))
+        space = (axis if w is None else (w.out,) for axis, w in zip(left.axes[2:], slid, strict=True))
+        return Laid(value, (parts.batch, (*parts.groups, *free), *space))
 
     def _space(self, left: Laid, before: Group, after: Group, windows: Sequence[Window]) -> Groups:
         """The axes behind the channels, where a contraction is a 1x1 convolution from (batch, channels, space..)
