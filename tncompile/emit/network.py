@@ -279,11 +279,8 @@ class _Lowering:
         channels = (*parts.groups, *parts.channels)
         back = {w.out: w.axis for w in by_axis.values()}
         images: Groups = tuple(tuple(back.get(n, n) for n in axis) for axis in self.out_axes[2:])
-        if (
-            [n for axis in images for n in axis] != [*parts.space]
-            or len(images) > MAX_SPACE
-            or max(map(len, images)) > 1
-        ):
+        one_each = len(images) <= MAX_SPACE and all(len(axis) <= 1 for axis in images)
+        if not one_each or [n for axis in images for n in axis] != [*parts.space]:
             images = tuple((n,) for n in parts.space)
         left = self.write.arrange(left, (parts.batch, channels, *images))  # of one column where the output has one
         slid = [by_axis.get(axis[0]) if axis else None for axis in left.axes[2:]]
