@@ -4,6 +4,7 @@ if __name__ != "tncompile.passes":
     raise ImportError(f"import tncompile.passes, not {__name__}: a second copy would not be the one in use")
 
 from tncompile.passes.base import Change, Context, Pass, PassReport
+from tncompile.passes.blocks import Blocks
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
@@ -15,6 +16,7 @@ from tncompile.passes.pipeline import DEFAULT, Pipeline, parse_passes
 
 __all__ = [
     "DEFAULT",
+    "Blocks",
     "Change",
     "Clean",
     "Context",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Switch, Tensor, Term
+from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Switch, Tensor, Term, Window
 from tncompile.ir.core import Arg
 from tncompile.ir.edit import drop_tensors, map_networks, substitute
 from tncompile.passes.base import Change, Context, Pass
@@ -84,14 +84,16 @@ def _rename_arg(arg: Arg, names: Mapping[str, str]) -> Arg:
 
 def identity_of(network: Network) -> str | None:
     """The operand that a network merely repeats, axis for axis."""
-    if len(network.terms) != 1 or len(network.terms[0].tensors) != 1:
+    if len(network.terms) != 1 or len(network.terms[0].tensors) != 1 or network.terms[0].windows:
         return None
     tensor = network.terms[0].tensors[0]
     return tensor.name if not tensor.is_core and tensor.axes == network.output.axes else None
 
 
 def _simplify(network: Network, changes: list[Change]) -> Network:
-    ones: dict[str, tuple[Index, ...]] = {name: () for name, i in network.indices.items() if i.size == 1}
+    slid = {name for term in network.terms for w in term.windows for name in (w.axis, w.kernel, w.out)}
+    small = [name for name, i in network.indices.items() if i.size == 1 and name not in slid]
+    ones: dict[str, tuple[Index, ...]] = dict.fromkeys(small, ())
     if ones:
         network = substitute(network, ones)
         changes.append(Change(network.output.name, f"dropped {', '.join(ones)}", "indices of size 1"))
@@ -129,7 +131,13 @@ def _key(node: Node) -> Any:
     def axes(tensor: Tensor) -> Any:
         return tuple(tuple((number[i.name], i.size) for i in axis) for axis in tensor.axes)
 
-    terms = tuple(tuple((t.name, id(t.data), axes(t)) for t in term.tensors) for term in node.terms)
+    def window(w: Window) -> Any:
+        return tuple(map(number.__getitem__, (w.axis, w.kernel, w.out))), w.stride, w.dilation, w.padding
+
+    terms = tuple(
+        (tuple((t.name, id(t.data), axes(t)) for t in term.tensors), tuple(map(window, term.windows)))
+        for term in node.terms
+    )
     return (terms, axes(node.output), node.dtype)
 
 

@@ -93,7 +93,7 @@ class Fold(Pass):
             alone = uses.get(source, 0) == 1 and source not in shown
             try:
                 self._check(producer, reader, alone)
-                merged = inline(reader, producer)
+                merged = _inlined(reader, producer)
                 if max(len(t.tensors) for t in merged.terms) > self.max_tensors:
                     raise CannotEdit(f"a term would have over {self.max_tensors} tensors")
             except CannotEdit as reason:
@@ -135,6 +135,23 @@ class Fold(Pass):
                 raise CannotEdit("it is a sum of run-time terms, and what follows would be applied to each")
             if len(producer.terms) > 1 and (reads > 1 or any(not t.is_core for t in others)):
                 raise CannotEdit("it has a bias and meets another operand: the bias would become run-time work")
+
+
+def _inlined(reader: Network, producer: Network) -> Network:
+    """`inline`; of a producer of cores alone its value, where the cores do not fit."""
+    try:
+        return inline(reader, producer)
+    except CannotEdit:
+        if producer.operands:
+            raise
+        return inline(reader, _computed(producer))
+
+
+def _computed(network: Network) -> Network:
+    """A network of cores alone as one core, with one index for each axis."""
+    name, value = network.output.name, np.asarray(evaluate(network).astype(network.dtype))
+    axes = tuple(() if n == 1 else (Index(f"d{k}", n),) for k, n in enumerate(value.shape))
+    return replace(network, terms=(Term((Tensor(name, axes, value),)),), output=Tensor(name, axes))
 
 
 @dataclass
@@ -242,7 +259,13 @@ def merge_like_terms(network: Network, terms: list[Term], changes: list[Change])
 
 def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
     """One term for two that apply cores to the same modes of one operand; None where that would cost more."""
-    if len(a.operands) != 1 or len(b.operands) != 1 or a.operands[0].name != b.operands[0].name:
+    if (
+        a.windows
+        or b.windows
+        or len(a.operands) != 1
+        or len(b.operands) != 1
+        or a.operands[0].name != b.operands[0].name
+    ):
         return None
     x, y = a.operands[0], b.operands[0]
     if [tuple(i.size for i in g) for g in x.axes] != [tuple(i.size for i in g) for g in y.axes]:

@@ -136,6 +136,8 @@ def _sliceable(network: Network, term: Term) -> Iterator[str]:
     symbolic = {n for n, index in term.indices.items() if isinstance(index.size, str)}
     flowing = {n for a, t in zip(layouts, term.tensors, strict=True) if not t.is_core for n in a}
     for name in dict.fromkeys(itertools.chain.from_iterable(layouts)):
+        if name in term.slid:
+            continue
         if name not in symbolic or (len(symbolic) == 1 and name in flowing and name in output):
             yield name
 

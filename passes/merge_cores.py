@@ -80,7 +80,7 @@ class _Pairs:
         for p, names in self.names.items():
             for name in names:
                 self.holders.setdefault(name, set()).add(p)
-        self.output = {i.name for i in network.output.indices}
+        self.output = {i.name for i in network.output.indices} | term.slid
         self.sizes = {name: index.size for name, index in term.indices.items()}
         self.operands = [{i.name for i in t.indices} for t in term.operands]
         self.modes = {name for names in self.operands for name in names}

@@ -95,7 +95,8 @@ class Order(Pass):
 
     def _ways(self, network: Network, term: Term, context: Context, known: Known) -> list[Candidate]:
         """The candidates of a term, searched and timed once for all equal ones."""
-        key, names = key_of(network, term, context), tuple(term.indices)
+        key = key_of(network, term, context)
+        names = (*term.indices, *(w.out for w in term.windows))
         if key not in known:
             timed = context.timer is not None and _has_choice(term)
             ways = candidates(network, term, context, Limits(self.max_trials, self.keep, 3 if timed else 1))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from tncompile.errors import TNCompileError, VerificationError
 from tncompile.ir import Program, Stage, verify
 from tncompile.passes.base import Context, Pass, PassReport
+from tncompile.passes.blocks import Blocks
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
@@ -31,14 +32,14 @@ DEFAULT: tuple[Pass, ...] = (
     Steps(),  # of whole layers: before, their parts are networks of their own
     MergeCores(),  # leaves a smaller network to search
     Tables(),  # after what needs no search, as it weighs what is left
+    Blocks(),  # merged bonds are gone
     Clean(),  # gathers that nothing reads any more
     Order(),  # its schedules fit the networks as they now are: only what knows of them may follow
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-PASSES: dict[str, type[Pass]] = {
-    p.name(): p for p in (Clean, Stacks, Gathers, Fold, Steps, MergeCores, Tables, Dense, Order, Layout, Limit)
-}
+_EVERY = (Clean, Stacks, Gathers, Fold, Steps, MergeCores, Tables, Blocks, Dense, Order, Layout, Limit)
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in _EVERY}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program
 

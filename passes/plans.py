@@ -127,7 +127,7 @@ def tree_search(network: Network, term: Term, context: Context, batch: int) -> T
     output = tuple(i.name for i in network.output.indices)
     inputs = reduced_layouts(term, output)
     core = [t.is_core for t in term.tensors]
-    kept = tuple(name for name in output if name in term.indices)
+    kept = (*(name for name in output if name in term.indices), *sorted(term.slid))
     return TreeSearch(inputs, core, kept, context.index_sizes(network, batch), context.profile)
 
 
@@ -187,7 +187,11 @@ def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]
     tensors = tuple((t.is_core, tuple((number[i.name], i.size) for i in t.indices)) for t in term.tensors)
     output = tuple(tuple((number.get(i.name), i.size) for i in axis) for axis in network.output.axes)
     name = network.output.name
-    return tensors, output, term.order, network.dtype, name in context.outputs, name in context.attended
+    places = {i.name: k for k, i in enumerate(network.output.indices)}
+    windows = tuple(
+        (number[w.axis], number[w.kernel], places[w.out], w.stride, w.dilation, w.padding) for w in term.windows
+    )
+    return tensors, output, windows, term.order, network.dtype, name in context.outputs, name in context.attended
 
 
 def label_of(term: Term, tree: Tree) -> str:

@@ -302,18 +302,14 @@ def test_an_activation_keeps_networks_apart() -> None:
         (lambda: [nn.Linear(6, 5), nn.BatchNorm1d(5)], (6,), ["Gemm"]),
         (lambda: [nn.BatchNorm1d(6), nn.Linear(6, 5)], (6,), ["Gemm"]),
         (lambda: [nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)], (3, 4, 4), ["Conv"]),
+        (lambda: [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)], (3, 6, 6), ["Conv"]),
     ],
-    ids=["linear, norm", "norm, linear", "pointwise convolution, norm"],
+    ids=["linear, norm", "norm, linear", "pointwise convolution, norm", "convolution, norm"],
 )
 def test_batch_norm_is_folded(layers: Callable[[], list[nn.Module]], shape: tuple[int, ...], expected: Any) -> None:
     torch.manual_seed(3)
     compiled = check_model(randomized(nn.Sequential(*layers())), shape)
     assert [n for n in operators(compiled.onnx) if n not in ("Reshape", "Transpose")] == expected
-
-
-def test_batch_norm_of_a_convolution_with_a_window_is_one_node() -> None:
-    compiled = check_model(randomized(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))), (3, 6, 6))
-    assert operators(compiled.onnx) == ["BatchNormalization", "Conv"]
 
 
 # ------------------------------------------------------------------------ interface

@@ -46,7 +46,7 @@ program
 @pytest.mark.parametrize(
     ("text", "passes"),
     [
-        ("clean,stacks,gathers,fold,clean,steps,merge_cores,tables,clean,order,layout", DEFAULT),
+        ("clean,stacks,gathers,fold,clean,steps,merge_cores,tables,blocks,clean,order,layout", DEFAULT),
         ("clean", (Clean(),)),
         ("order", (Order(),)),
         (" clean , fold ", (Clean(), Fold())),
@@ -65,7 +65,7 @@ def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cleen", "no pass 'cleen'; the passes are clean, stacks, gathers, fold, steps, merge_cores, tables, dense"),
+        ("cleen", "no pass 'cleen'; the passes are clean, stacks, gathers, fold, steps, merge_cores, tables, blocks"),
         ("clean,order,magic{x=1}", "no pass 'magic'"),
         ("order{speed=9}", "order has no option 'speed'; it has max_trials"),
         ("clean{x=1}", "clean has no option 'x'; it has none"),
@@ -85,7 +85,7 @@ def test_what_is_wrong_with_a_text(text: str, message: str) -> None:
 
 
 def test_names_are_spelled_as_on_the_command_line() -> None:
-    names = "clean stacks gathers fold clean steps merge_cores tables clean order layout"
+    names = "clean stacks gathers fold clean steps merge_cores tables blocks clean order layout"
     assert [p.name() for p in DEFAULT] == names.split()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 
-from tncompile.cost.schedule import KEPT_LAYOUTS, Layout, Scheduler
+from tncompile.cost.schedule import KEPT_LAYOUTS, Layout, Scheduler, slide
 from tncompile.ir.core import Tree
 
 _Way = tuple[float, Layout, Tree]
@@ -44,9 +44,10 @@ class _Search:
         layouts = [scheduler.layout(p) for p in range(self.count)]
         names = list(dict.fromkeys(i for layout in layouts for i in layout))
         bit = {name: 1 << k for k, name in enumerate(names)}
+        links = {name: 1 << len(names) + k for k, w in enumerate(scheduler.windows) for name in (w.axis, w.kernel)}
         self.names = names
-        self.tensor_bits = [sum(bit[i] for i in layout) for layout in layouts]
-        self.output_bits = sum(bit.get(i, 0) for i in scheduler.output)
+        self.tensor_bits = [sum(bit[i] | links.get(i, 0) for i in layout) for layout in layouts]
+        self.output_bits = sum(bit.get(i, 0) for i in {*scheduler.output, *links})
         self.all = (1 << self.count) - 1
         self.operands = sum(1 << p for p, core in enumerate(self.core) if not core)
         self.ways: dict[int, list[_Way]] = {}
@@ -149,7 +150,9 @@ class _Search:
     def _kept(self, mask: int) -> Layout:
         """The indices of a subset's contraction, in order of first use."""
         kept = self._bits(mask) & (self._bits(self.all & ~mask) | self.output_bits)
-        return tuple(name for k, name in enumerate(self.names) if kept >> k & 1)
+        names = tuple(name for k, name in enumerate(self.names) if kept >> k & 1)
+        left = slide(self.scheduler.windows, names, {*names})
+        return (*(name for name in names if name in left), *(w.out for w in self.scheduler.windows if w.out in left))
 
     def _connected(self, mask: int) -> bool:
         reached = mask & -mask

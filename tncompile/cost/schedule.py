@@ -11,6 +11,12 @@ both and summed), M (left only) and N (right only). The forms:
     matmul     left (M1 R M2 K) @ right (R K N)   -> (M1 R M2 N)     a core on the B side, prepacked
     core_left  right (R N K) @ left (M1 R K M2)   -> (M1 R N M2)     saves a Transpose between two steps
     multiply   left * right, then sum over K      -> (left's order, N)
+
+Where the right side is a core with the kernel of a window over the left one, there is a fourth form, and only it. R
+then are the groups of the convolution; what stays of the left side stands in front as a batch, or behind as an axis
+without a window:
+
+    convolve   left (M R K i..), right (R N K k..) -> (M R N h..)
 """
 
 from __future__ import annotations
@@ -22,13 +28,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tncompile.cost.profile import DeviceProfile
-from tncompile.ir.core import Index, Step, Term, Tree, fold_tree
+from tncompile.ir.core import Index, Step, Term, Tree, Window, fold_tree
 from tncompile.ir.evaluate import flatten
 
 Layout = tuple[str, ...]
 _Form = tuple[float, str, Layout]
 KEPT_LAYOUTS = 12
 _MAX_PERMUTED = 3  # up to 3! orders of a core's free modes are tried
+MAX_SPACE = 3  # axes behind the channels that ONNX Runtime's Conv takes
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def reduced_layout(term: Term, position: int, output: Iterable[str]) -> Layout:
 def reduced_layouts(term: Term, output: Iterable[str]) -> list[Layout]:
     """`reduced_layout` of every tensor."""
     names = [tuple(dict.fromkeys(i.name for i in t.indices)) for t in term.tensors]
-    held = Counter(itertools.chain(output, *names))
+    held = Counter(itertools.chain(output, term.slid, *names))
     return [tuple(name for name in layout if held[name] > 1) for layout in names]
 
 
@@ -122,6 +129,7 @@ class Scheduler:
         self.itemsize = itemsize
         self.shown = tuple(shown)
         self.in_order = in_order
+        self.windows = term.windows
         self._layouts = reduced_layouts(term, self.output)
 
     def layout(self, position: int) -> Layout:
@@ -152,7 +160,7 @@ class Scheduler:
         """The cheapest schedules of a tree, best first, each with another last step or last layout."""
         self._flops = self._bytes = 0.0
         self._peak = 0
-        self._count: dict[str, int] = {}
+        self._count: dict[str, int] = dict.fromkeys(self.term.slid, 1)
         for position in range(len(self.term.tensors)):
             for name in self.layout(position):
                 self._count[name] = self._count.get(name, 0) + 1
@@ -173,7 +181,7 @@ class Scheduler:
             forms = self.forms(x, y, core, {*step.order})
             same = (s for s, form, order in forms if (form, order) == (step.form, step.order))
             seconds += min(same, default=math.inf)
-            flops += 2.0 * self.size({*x, *y})
+            flops += 2.0 * self.size({*x, *y, *step.order} - self._taken(step.order, {*x, *y}))
             moved += (self.size(x) + self.size(y) + self.size(step.order)) * self.itemsize
             peak = max(peak, self.size(step.order))
             layouts.append(step.order)
@@ -207,14 +215,14 @@ class Scheduler:
             for name in names:
                 self._count[name] -= 1
         union = tuple(dict.fromkeys((*names_a, *names_b)))
-        kept = {i for i in union if i in self.output or self._count[i] > 0}
+        kept = slide(self.windows, union, {i for i in union if i in self.output or self._count[i] > 0})
         for name in kept:
-            self._count[name] += 1
+            self._count[name] = self._count.get(name, 0) + 1
         if a_core and b_core:  # computed at compile time
             return [_Way(0.0, tuple(i for i in union if i in kept), a[0].plan)]
         if a_core:
             a, b, b_core = b, a, True
-        self._flops += 2.0 * self.size(union)
+        self._flops += 2.0 * self.size(kept.union(union) - self._taken(kept, union))
         parts = (a[0].layout, b[0].layout, tuple(kept))
         self._bytes += sum(self.size(p) for p in parts) * self.itemsize
         self._peak = max(self._peak, self.size(kept))
@@ -235,6 +243,10 @@ class Scheduler:
 
     def forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str]) -> Iterable[_Form]:
         """Every form of one contraction with its seconds, transposes included."""
+        windows = [w for w in self.windows if w.axis in x and w.kernel in y]
+        if windows:
+            yield from self._convolutions(x, y, windows, kept) if core else ()
+            return
         c = classify(x, y, kept)
         if c.summed or (c.left and c.right and not c.batch):
             yield from self._matmuls(x, y, core, c)
@@ -290,10 +302,35 @@ class Scheduler:
         batch = self.size(before) * self.size(c.batch)
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
         seconds = self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
-        if before and not c.batch and after == self.output[-len(after) :]:  # may run as a 1x1 convolution
+        if before and not c.batch and after == self._shown(x)[-len(after) :]:  # may run as a 1x1 convolution
             seconds = min(seconds, self.profile.conv_time(batch, k, m, n, self.itemsize))
         for free in _orders(c.right):
             yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
+
+    def _taken(self, kept: Collection[str], union: Collection[str]) -> set[str]:
+        """The axes of the windows that a contraction slides over: it multiplies at each place that they leave."""
+        return {w.axis for w in self.windows if w.axis in union and w.out in kept}
+
+    def _shown(self, x: Layout) -> Layout:
+        """The output's indices as a layout has them: before its windows, where they are not taken yet."""
+        later = {w.out: w.axis for w in self.windows if w.axis in x}
+        return tuple(later.get(i, i) for i in self.output) if later else self.output
+
+    def _convolutions(self, x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str]) -> Iterable[_Form]:
+        parts = convolution(x, y, windows, kept)
+        out = {w.axis: w.out for w in windows}
+        left = tuple(out.get(i, i) for i in parts.space)
+        seconds = self.permute(x, parts.wanted) + self.profile.convolution_time(
+            self.size(parts.batch),
+            self.size(parts.groups),
+            self.size(parts.channels),
+            self.size(parts.filters),
+            self.size(w.kernel for w in windows),
+            self.size(left),
+            self.itemsize,
+        )
+        for free in _orders(parts.filters):
+            yield seconds, "convolve", (*parts.batch, *parts.groups, *free, *left)
 
     def _multiply(self, x: Layout, y: Layout, core: bool, c: Classes) -> _Form:
         full = (*x, *c.right)
@@ -340,6 +377,43 @@ class OpenEnded(Scheduler):
     def finish(self, left: Layout, form: str, layout: Layout) -> float:
         """Nothing."""
         return 0.0
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The roles of indices in a contraction with windows: of the left side in the order in which it must lie, and the
+    filters, which the kernel alone has."""
+
+    batch: Layout
+    groups: Layout
+    channels: Layout
+    space: Layout
+    filters: Layout
+
+    @property
+    def wanted(self) -> Layout:
+        """The layout of the left side."""
+        return (*self.batch, *self.groups, *self.channels, *self.space)
+
+
+def convolution(x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str]) -> Convolution:
+    """How a kernel `y` with `windows` over `x` is applied to it."""
+    c = classify(x, y, kept)
+    axes, kernels = {w.axis for w in windows}, {w.kernel for w in windows}
+    start = min(map(x.index, axes))
+    behind = [i for i in x[start:] if i in c.left]
+    if len(behind) > MAX_SPACE:
+        behind = [i for i in behind if i in axes]
+    batch = tuple(i for i in c.left if i not in behind)
+    return Convolution(batch, c.batch, c.summed, tuple(behind), tuple(i for i in c.right if i not in kernels))
+
+
+def slide(windows: Iterable[Window], union: Collection[str], kept: set[str]) -> set[str]:
+    """The indices that a contraction keeps, where windows whose two sides are in it leave their third index."""
+    for w in windows:
+        if w.axis in union and w.kernel in union:
+            kept = (kept - {w.axis, w.kernel}) | {w.out}
+    return kept
 
 
 def _swap(layout: Layout, wanted: Layout) -> tuple[Layout, Layout] | None:

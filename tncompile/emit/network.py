@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as onnx
 
-from tncompile.cost.schedule import classify, reduced_layout
+from tncompile.cost.schedule import MAX_SPACE, classify, convolution, reduced_layout
 from tncompile.emit.graph import Arranged, GraphWriter, Group, Groups, Laid, Symbols, Weights
 from tncompile.emit.slices import in_slices
-from tncompile.ir import Array, Index, Network, Step, Tensor, Term
+from tncompile.ir import Array, Index, Network, Step, Tensor, Term, Window
 from tncompile.ir.evaluate import evaluate_term, merge
 
 Side = Laid | Tensor  # a run-time array, or a core whose order is still free
@@ -91,7 +91,8 @@ class _Lowering:
         whole = self._per_channel(moving[0], constants) if len(moving) == 1 else None
         if whole is not None:
             return whole
-        first = self._term(moving[0], constants)
+        moving = sorted(moving, key=lambda term: not (term.steps and term.steps[-1].form != "multiply"))
+        first = self._term(moving[0], constants)  # one whose last node can take the bias in, if any
         if len(moving) == 1 and {*first.order} == {*self.output}:
             return self.write.arrange(first, self.out_axes)
         rest = [self._term(t, ()) for t in moving[1:]]
@@ -142,7 +143,7 @@ class _Lowering:
             left, right = sides[step.left], sides[step.right]
             assert isinstance(left, Laid)
             last = number == len(term.steps) - 1
-            result = self._step(left, right, step)
+            result = self._step(left, right, step, term.windows)
             if last and pending:
                 fused = self._fuse_bias(result, pending)
                 if fused is not None:
@@ -202,16 +203,19 @@ class _Lowering:
 
     # ------------------------------------------------------------------------------ steps
 
-    def _step(self, left: Laid, right: Side, step: Step) -> Laid:
+    def _step(self, left: Laid, right: Side, step: Step, windows: Sequence[Window]) -> Laid:
         right_order = right.order if isinstance(right, Laid) else tuple(i.name for i in right.indices)
         kept = {*step.order}
         if step.form == "multiply":
             return self._multiply(left, right, right_order, step.order)
+        if step.form == "convolve":
+            assert isinstance(right, Tensor)
+            return self._convolve(left, right, windows, step.order)
         c = classify(left.order, right_order, kept)
         free = tuple(n for n in step.order if n in c.right)
         if step.form == "core_left":
             assert isinstance(right, Tensor)
-            return self._core_left(left, right, c.batch, c.summed, free, step.order)
+            return self._core_left(left, right, c.batch, c.summed, free, step.order, windows)
         rows = tuple(n for n in step.order if n not in c.right)
         if not c.batch:
             return self._matmul(left, right, rows, c.summed, free)
@@ -239,13 +243,22 @@ class _Lowering:
         matrix = self._side(right, (summed, free))
         return Laid(self.write.op("MatMul", [left.value, matrix.value]), (*lead, free))
 
-    def _core_left(self, left: Laid, core: Tensor, batch: Group, summed: Group, free: Group, order: Group) -> Laid:
+    def _core_left(
+        self,
+        left: Laid,
+        core: Tensor,
+        batch: Group,
+        summed: Group,
+        free: Group,
+        order: Group,
+        windows: Sequence[Window],
+    ) -> Laid:
         start = _position(order, (*batch, *free)) if (*batch, *free) else _position(left.order, summed)
         before = order[:start]
         after = order[start + len(batch) + len(free) :]
         batch = order[start : start + len(batch)]
         left = self.write.permute(left, (*before, *batch, *summed, *after))  # in place already, as scheduled
-        space = self._space(left, before, after)
+        space = self._space(left, before, after, windows)
         if not batch and space and self.network.dtype != "float64":  # ONNX Runtime has no such Conv
             left = self.write.regroup(left, (before, summed, *space))
             weight = self._side(core, (free, summed, *((),) * len(space)))
@@ -258,14 +271,44 @@ class _Lowering:
         matrix = self._side(core, (*self.write.gather(batch), free, summed))
         return Laid(self.write.op("MatMul", [matrix.value, left.value]), (*groups, free, *tail))
 
-    def _space(self, left: Laid, before: Group, after: Group) -> Groups:
+    def _convolve(self, left: Laid, core: Tensor, windows: Sequence[Window], order: Group) -> Laid:
+        names = tuple(i.name for i in core.indices)
+        by_axis = {w.axis: w for w in windows if w.axis in left.order and w.kernel in names}
+        parts = convolution(left.order, names, [*by_axis.values()], {*order})
+        free = tuple(n for n in order if n in parts.filters)
+        channels = (*parts.groups, *parts.channels)
+        back = {w.out: w.axis for w in by_axis.values()}
+        images: Groups = tuple(tuple(back.get(n, n) for n in axis) for axis in self.out_axes[2:])
+        one_each = len(images) <= MAX_SPACE and all(len(axis) <= 1 for axis in images)
+        if not one_each or [n for axis in images for n in axis] != [*parts.space]:
+            images = tuple((n,) for n in parts.space)
+        left = self.write.arrange(left, (parts.batch, channels, *images))  # of one column where the output has one
+        slid = [by_axis.get(axis[0]) if axis else None for axis in left.axes[2:]]
+        kernels: Groups = tuple(() if w is None else (w.kernel,) for w in slid)
+        weight = self._side(core, ((*parts.groups, *free), parts.channels, *kernels))
+        padding = [(0, 0) if w is None else w.padding for w in slid]
+        value = self.write.op(
+            "Conv",
+            [left.value, weight.value],
+            kernel_shape=[int(self.write.size(axis)) for axis in kernels],
+            group=int(self.write.size(parts.groups)),
+            strides=[1 if w is None else w.stride for w in slid],
+            dilations=[1 if w is None else w.dilation for w in slid],
+            pads=[before for before, _ in padding] + [after for _, after in padding],
+        )
+        space = (axis if w is None else (w.out,) for axis, w in zip(left.axes[2:], slid, strict=True))
+        return Laid(value, (parts.batch, (*parts.groups, *free), *space))
+
+    def _space(self, left: Laid, before: Group, after: Group, windows: Sequence[Window]) -> Groups:
         """The axes behind the channels, where a contraction is a 1x1 convolution from (batch, channels, space..)
-        to an output with the same space; none where it is not."""
+        to an output with the same space, or what a window makes of it later; none where it is not."""
+        later = {w.out: w.axis for w in windows if w.axis in left.order}
+        shown = tuple(tuple(later.get(n, n) for n in axis) for axis in self.out_axes)
         for count in (1, 2, 3):
             space = left.axes[len(left.axes) - count :]
             if tuple(n for axis in space for n in axis) == after and all(space):
                 single = before and sum(map(self.write.symbolic, before)) <= 1
-                return space if single and self.out_axes[-count:] == space else ()
+                return space if single and shown[-count:] == space else ()
         return ()
 
     def _matmul_last(
@@ -364,7 +407,8 @@ class _Lowering:
         bias = self.write.weights.add(biases[0].tensors[0].name, vector.astype(self.network.dtype))
         self.write.nodes.pop()
         op = "Conv" if node.op_type == "Conv" else "Gemm"
-        return Laid(self.write.op(op, [*node.inputs, bias]), result.axes)  # type: ignore[list-item]
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        return Laid(self.write.op(op, [*node.inputs, bias], **attributes), result.axes)  # type: ignore[list-item]
 
     def _add_bias(self, result: Laid, biases: Sequence[Term]) -> Laid:
         if any(n not in result.order for b in biases for n in b.indices):  # the bias is the wider one

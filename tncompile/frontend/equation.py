@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from tncompile.ir.core import Array
+from tncompile.ir.core import Array, Window
 
 Label = Hashable
 S = TypeVar("S")
@@ -35,10 +35,16 @@ class Product(Generic[S]):
 
 @dataclass
 class Equation(Generic[S]):
-    """``output labels = sum of terms``."""
+    """``output labels = sum of terms``.
+
+    A tuple of labels in the place of one is an axis that groups several, whose sizes `sizes` has. `windows` are named
+    by labels; they belong to the terms that have their axis, and their labels stay where they are of size 1.
+    """
 
     terms: list[Product[S]]
     output: Sequence[Label]
+    sizes: Mapping[Label, int] = field(default_factory=dict)
+    windows: Sequence[Window] = ()
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from tncompile.frontend import equation as algebra
+from tncompile.frontend.convolution import Sliding, convolution
 from tncompile.frontend.equation import Label, NotMultilinear
 from tncompile.frontend.equation import labels as _labels
 from tncompile.frontend.equation import number as _number
 from tncompile.frontend.equation import single as _single
+from tncompile.ir import Value
 
 Product = algebra.Product[torch.fx.Node]
 Equation = algebra.Equation[torch.fx.Node]
@@ -362,28 +364,59 @@ def _diagonal(c: Context, a: Any, offset: int = 0, dim1: int = 0, dim2: int = 1)
 # ------------------------------------------------------------------------------------ layers
 
 
-@_register("conv1d", "conv2d", "conv3d", "convolution")
-def _pointwise_convolution(
-    c: Context, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, *rest: Any
+@_register("conv1d", "conv2d", "conv3d")
+def _conv(
+    c: Context,
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Equation:
-    kernel = shape_of(weight)[2:]
-    if any(k != 1 for k in kernel) or _rank(x) != _rank(weight):
-        raise NotMultilinear("a convolution with a window")
-    transposed, groups = (rest[0], rest[2]) if len(rest) == 3 else (False, rest[0] if rest else 1)
-    if transposed or not _all(stride, 1) or not _all(padding, 0):
-        raise NotMultilinear("a convolution with a stride, padding or transposed")
-    if groups != 1:
-        raise NotMultilinear("a grouped convolution")
-    space = _labels("s", len(kernel))
-    product = Product([(x, ["b", "i", *space]), (weight, ["o", "i", *_labels("w", len(kernel))])])
-    terms = [product] + ([] if bias is None else [Product([(bias, ["o"])])])
-    return Equation(terms, ["b", "o", *space])
+    if not isinstance(x, torch.fx.Node) or not isinstance(weight, torch.fx.Node):
+        raise NotMultilinear("a tensor was expected")
+    kernel = tuple(shape_of(weight))
+    steps, spread = _each(stride, len(kernel) - 2), _each(dilation, len(kernel) - 2)
+    sliding = Sliding(steps, spread, list(_padding(padding, kernel[2:], spread)), groups)
+    value = Value(x.name, str(x.meta["val"].dtype).removeprefix("torch."), tuple(shape_of(x)))
+    return convolution(x, value, weight, kernel, bias, sliding, c.is_constant(weight))
 
 
-def _all(values: Any, wanted: int) -> bool:
-    if isinstance(values, str):
-        return wanted == 0  # "valid" and "same" pad nothing for a kernel of size 1
-    return all(v == wanted for v in (values if isinstance(values, (list, tuple)) else [values]))
+@_register("convolution")
+def _convolution(
+    c: Context,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Equation:
+    if transposed:
+        raise NotMultilinear("a transposed convolution")
+    return _conv(c, x, weight, bias, stride, padding, dilation, groups)  # type: ignore[return-value]
+
+
+def _each(values: Any, rank: int) -> list[int]:
+    found = list(values) if isinstance(values, (list, tuple)) else [values]
+    if not all(isinstance(v, int) for v in found):
+        raise NotMultilinear("a convolution whose stride, padding or dilation is no number")
+    return found * rank if len(found) == 1 else found
+
+
+def _padding(padding: Any, taps: Sequence[Any], dilation: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Zeros before and after each axis; of an odd number for ``"same"``, the more come after."""
+    if padding == "same":
+        for size, spread in zip(taps, dilation, strict=True):
+            total = spread * (int(size) - 1)
+            yield total // 2, total - total // 2
+        return
+    yield from ((p, p) for p in _each(0 if padding == "valid" else padding, len(taps)))
 
 
 @_register("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")

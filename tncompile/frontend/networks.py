@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -57,8 +57,10 @@ class NetworkBuilder(Generic[S]):
 
     def _equation(self, equation: Equation[S], result: Result) -> Network:
         shape = result.shape
-        sizes: dict[Any, dims.Dim] = {}
+        sizes: dict[Any, dims.Dim] = dict(equation.sizes)
         for label, size in [*self._labelled(equation), *zip(equation.output, shape, strict=True)]:
+            if isinstance(label, tuple):
+                continue
             if size != 1 and sizes.setdefault(label, size) != size:
                 raise NotMultilinear(f"sizes {sizes[label]} and {size} of one mode")
         for factors in (term.factors for term in equation.terms):
@@ -70,12 +72,26 @@ class NetworkBuilder(Generic[S]):
             name = size if isinstance(size, str) and size.isidentifier() else re.sub(r"\W", "_", str(label)) or "d"
             indices[label] = Index(fresh(name, {i.name for i in indices.values()}), size)
 
-        def axes(labels: Sequence[Any], shape: Sequence[dims.Dim]) -> tuple[Axis, ...]:
-            return tuple(() if size == 1 else (indices[label],) for label, size in zip(labels, shape, strict=True))
+        slid = {label for w in equation.windows for label in (w.axis, w.kernel, w.out)}
+        for label in sorted(slid - {*indices}):
+            indices[label] = Index(fresh(label, {i.name for i in indices.values()}), 1)
 
+        def axis(label: Any, size: dims.Dim) -> Axis:
+            if isinstance(label, tuple):
+                return tuple(indices[part] for part in label if sizes[part] != 1)
+            return () if size == 1 and label not in slid else (indices[label],)
+
+        def axes(labels: Sequence[Any], shape: Sequence[dims.Dim]) -> tuple[Axis, ...]:
+            return tuple(axis(label, size) for label, size in zip(labels, shape, strict=True))
+
+        windows = [
+            replace(w, axis=indices[w.axis].name, kernel=indices[w.kernel].name, out=indices[w.out].name)
+            for w in equation.windows
+        ]
         terms = tuple(self._term(product, axes, result.value) for product in equation.terms)
+        terms = tuple(replace(t, windows=tuple(w for w in windows if w.axis in t.indices)) for t in terms)
         output = Tensor(result.value.name, axes(equation.output, shape))
-        present = {i.name for t in terms for x in t.tensors for i in x.indices}
+        present = {i.name for t in terms for x in t.tensors for i in x.indices} | {w.out for w in windows}
         for index in output.indices:
             if index.name not in present and not isinstance(index.size, int):
                 raise NotMultilinear("an expand to a dynamic size")

@@ -219,6 +219,7 @@ def _summary(
     moving = [t for t in original.terms if not t.is_constant]
     output = {i.name for i in original.output.indices}
     outer = output | {i.name for t in original.operands for i in t.indices}
+    outer |= {name for t in original.terms for name in t.slid}
     bonds = {i.name: i for t in original.cores for i in t.indices if i.name not in outer}
     costs = {}
     dense_parameters = 0
@@ -291,7 +292,7 @@ def _size(core: Any) -> int:
 
 def _dense_size(network: Network, term: Any) -> int:
     """Elements of the layer's weight if it were dense: over all modes that cores share with the outside."""
-    outside = {i.name for i in network.output.indices} | {i.name for t in term.operands for i in t.indices}
+    outside = {i.name for i in network.output.indices} | {i.name for t in term.operands for i in t.indices} | term.slid
     names = {i.name: i.size for c in term.cores for i in c.indices if i.name in outside}
     return int(dims.product(names.values())) if names else sum(_size(c) for c in term.cores)
 

@@ -20,6 +20,7 @@ from tncompile.ir.core import (
     Term,
     Tree,
     Value,
+    Window,
     networks_of,
     references,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Term",
     "Tree",
     "Value",
+    "Window",
     "evaluate",
     "networks_of",
     "references",

@@ -111,6 +111,26 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Window:
+    """The window of a convolution: an operand is read at ``axis = stride*out + dilation*kernel - padding[0]``.
+
+    All three are names of indices: `axis` of the operand, `kernel` of a core, `out` of the network's output. Where
+    `axis` would be outside the operand, which `padding` allows so far before and after it, the operand counts as zero.
+    """
+
+    axis: str
+    kernel: str
+    out: str
+    stride: int = 1
+    dilation: int = 1
+    padding: tuple[int, int] = (0, 0)
+
+    def length(self, axis: int, kernel: int) -> int:
+        """The size of `out` for given sizes of the other two."""
+        return (axis + sum(self.padding) - self.dilation * (kernel - 1) - 1) // self.stride + 1
+
+
+@dataclass(frozen=True)
 class Slice:
     """A term is computed `count` times, each time over a part of the index called `index`.
 
@@ -126,14 +146,16 @@ class Slice:
 class Term:
     """One einsum of a network: every index that the network's output does not have is summed.
 
-    `order` is the order of contraction (as traced, until the pass `order` has chosen one); `steps` is its
-    schedule, set by that pass. `slices` bound its memory (see the pass `limit`); its value is the same without.
+    `windows` join indices of its one operand to those of a kernel and of the output: a convolution. `order` is the
+    order of contraction (as traced, until the pass `order` has chosen one); `steps` is its schedule, set by that pass.
+    `slices` bound its memory (see the pass `limit`); its value is the same without.
     """
 
     tensors: tuple[Tensor, ...]
     order: Tree = ()
     steps: tuple[Step, ...] | None = None
     slices: tuple[Slice, ...] = ()
+    windows: tuple[Window, ...] = ()
 
     def __post_init__(self) -> None:
         order = (
@@ -152,6 +174,11 @@ class Term:
     def cores(self) -> tuple[Tensor, ...]:
         """The constant tensors."""
         return tuple(t for t in self.tensors if t.is_core)
+
+    @property
+    def slid(self) -> frozenset[str]:
+        """Names of the indices that windows take, although no other tensor nor the output has them."""
+        return frozenset(name for w in self.windows for name in (w.axis, w.kernel))
 
     @property
     def is_constant(self) -> bool:

@@ -23,10 +23,12 @@ from tncompile.ir.core import (
     Tensor,
     Term,
     Tree,
+    Window,
     fold_tree,
     map_tree,
 )
 from tncompile.ir.evaluate import merge
+from tncompile.ir.verify import wrong_windows
 
 
 class CannotEdit(Exception):
@@ -80,7 +82,19 @@ def _substitute_term(term: Term, mapping: Mapping[str, Axis]) -> Term:
     if steps is not None:
         names = {old: tuple(i.name for i in new) for old, new in mapping.items()}
         steps = tuple(replace(s, order=tuple(n for old in s.order for n in names.get(old, (old,)))) for s in steps)
-    return replace(term, tensors=tuple(substitute_tensor(t, mapping) for t in term.tensors), steps=steps)
+    tensors = tuple(substitute_tensor(t, mapping) for t in term.tensors)
+    windows = tuple(_substitute_window(w, mapping) for w in term.windows)
+    return replace(term, tensors=tensors, steps=steps, windows=windows)
+
+
+def _substitute_window(window: Window, mapping: Mapping[str, Axis]) -> Window:
+    names: list[str] = []
+    for name in (window.axis, window.kernel, window.out):
+        new = tuple(i.name for i in mapping[name]) if name in mapping else (name,)
+        if len(new) != 1:
+            raise CannotEdit(f"{name}, over which a window slides, is split")
+        names += new
+    return replace(window, axis=names[0], kernel=names[1], out=names[2])
 
 
 def fresh(name: str, taken: Collection[str]) -> str:
@@ -195,6 +209,7 @@ def _expand(term: Term, choice: Mapping[int, int], producer: Network, consumer: 
     orders: list[Tree] = []
     used = {*consumer.indices}
     lost: list[Index] = []
+    windows = list(term.windows)
     for position, tensor in enumerate(term.tensors):
         if position not in choice:
             groups.append([tensor])
@@ -210,15 +225,19 @@ def _expand(term: Term, choice: Mapping[int, int], producer: Network, consumer: 
         copy = substitute(copy, mapping)
         chosen = copy.terms[choice[position]]
         used |= {*copy.indices}
-        lost += [i for i in tensor.indices if i.name not in chosen.indices]
+        has = {*chosen.indices, *(w.out for w in chosen.windows)}
+        lost += [i for i in tensor.indices if i.name not in has]
         groups.append(list(chosen.tensors))
         orders.append(chosen.order)
+        windows += chosen.windows
 
     tensors = [t for group in groups for t in group]
     offsets = list(itertools.accumulate((len(g) for g in groups), initial=0))
     order = map_tree(term.order, lambda p: map_tree(orders[p], lambda q: q + offsets[p]))
     # the sum over an index that nothing is left to carry is a factor of its size
     present = {i.name for t in tensors for i in t.indices} | {i.name for i in consumer.output.indices}
+    windows = [w for w in windows if not _reads_all_of(w, lost)]
+    present |= {w.axis for w in term.windows}
     for index in dict.fromkeys(lost):
         if index.name in present or index.size == 1:
             continue
@@ -226,7 +245,16 @@ def _expand(term: Term, choice: Mapping[int, int], producer: Network, consumer: 
             raise CannotEdit(f"a sum over the symbolic size {index.size} of a value that does not depend on it")
         tensors.append(Tensor(f"size_{index.size}", (), np.asarray(index.size, consumer.dtype)))
         order = (order, len(tensors) - 1)
-    return Term(tuple(tensors), order)
+    result = Term(tuple(tensors), order, windows=tuple(windows))
+    wrong = wrong_windows(result, consumer.output) if windows else ""
+    if wrong:
+        raise CannotEdit(f"it would be {wrong}")
+    return result
+
+
+def _reads_all_of(window: Window, lost: Collection[Index]) -> bool:
+    """Whether a window slides over what is the same at every place, and nowhere leaves it: a sum over its kernel."""
+    return not any(window.padding) and window.axis in {i.name for i in lost}
 
 
 def drop_tensors(term: Term, positions: Collection[int]) -> Term:
@@ -238,13 +266,13 @@ def drop_tensors(term: Term, positions: Collection[int]) -> Term:
         return b if a is None else a if b is None else (a, b)
 
     order = fold_tree(term.order, number.get, join)
-    return Term(tuple(term.tensors[p] for p in kept), () if order is None else order)
+    return Term(tuple(term.tensors[p] for p in kept), () if order is None else order, windows=term.windows)
 
 
 def outside(term: Term, positions: Collection[int], output: Iterable[Index]) -> set[str]:
     """Names of the indices that something other than the tensors at `positions` needs."""
     others = (t for p, t in enumerate(term.tensors) if p not in positions)
-    return {i.name for t in others for i in t.indices} | {i.name for i in output}
+    return {i.name for t in others for i in t.indices} | {i.name for i in output} | term.slid
 
 
 def merged_axes(term: Term, positions: Collection[int], output: Iterable[Index]) -> tuple[Index, ...]:
@@ -276,7 +304,7 @@ def merge_groups(
     """`merge_tensors` for several disjoint groups of cores at once, each with an order of its own: the order's leaf k
     is the k-th of the group's ascending positions."""
     held = Counter(name for t in term.tensors for name in {i.name for i in t.indices})
-    held.update(i.name for i in output)
+    held.update([*(i.name for i in output), *term.slid])
     tensors = list(term.tensors)
     for positions, order in groups:
         tensors[positions[0]] = _merged([term.tensors[p] for p in positions], order, held, dtype, shapes_only)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tncompile.ir import dims
-from tncompile.ir.core import Array, Index, Network, Tensor, Term, Tree, fold_tree
+from tncompile.ir.core import Array, Index, Network, Tensor, Term, Tree, Window, fold_tree, left_to_right
 
 Labelled = tuple[Array, tuple[str, ...]]
 
@@ -112,7 +112,20 @@ def evaluate_term(
     for tensor in term.tensors:
         array, names = labelled(tensor, None if tensor.is_core else operands[tensor.name])
         parts.append((array.reshape([size(i) for i in tensor.indices]), names))
-    result, names = contract(parts, term.order, {i.name for i in output})
+    order = term.order
+    if term.windows:
+        sizes = {i.name: size(i) for i in (*term.indices.values(), *output)}
+        parts += [(pattern(w, sizes), (w.axis, w.kernel, w.out)) for w in term.windows]
+        order = left_to_right([order, *range(len(term.tensors), len(parts))])
+    result, names = contract(parts, order, {i.name for i in output})
     present = [i.name for i in output if i.name in names]
     shape = [size(i) if i.name in names else 1 for i in output]
     return einsum([(result, names)], present).reshape(shape)
+
+
+def pattern(window: Window, sizes: Mapping[str, int]) -> Array:
+    """The tensor ``[axis, kernel, out]`` that is 1 where a window reads the operand, else 0: with it a convolution is
+    an einsum (arXiv:2307.02275, section 3)."""
+    axis, kernel, out = (np.arange(sizes[name]) for name in (window.axis, window.kernel, window.out))
+    read = window.stride * out + window.dilation * kernel[:, None] - window.padding[0]
+    return np.asarray(axis[:, None, None] == read, np.float64)

@@ -22,6 +22,7 @@ from tncompile.ir.core import (
     Term,
     Tree,
     Value,
+    Window,
 )
 from tncompile.ir.cursor import NAME, Cursor
 from tncompile.ir.dims import Dim
@@ -226,6 +227,9 @@ class _Parser:
             if kind is None:
                 raise line.expected("'core' or 'operand'")
             tensors.append(self.tensor(line, indices, dtype if kind == "core" else None))
+        windows: list[Window] = []
+        while found := self.line("window"):
+            windows.append(self.window(found[1]))
         order: Tree = ()
         if found := self.line("order"):
             order = found[1].tree()
@@ -237,7 +241,23 @@ class _Parser:
             steps = []
             while (line := self.numbered(len(tensors) + len(steps))) is not None:
                 steps.append(self.step(line))
-        return Term(tuple(tensors), order, None if steps is None else tuple(steps), slices)
+        return Term(tuple(tensors), order, None if steps is None else tuple(steps), slices, tuple(windows))
+
+    def window(self, line: Cursor) -> Window:
+        axis = line.name("an index of the operand")
+        line.expect(",")
+        kernel = line.name("an index of a kernel")
+        line.expect("->")
+        out = line.name("an index of the output")
+        numbers: list[int] = []
+        for name, count in (("stride", 1), ("dilation", 1), ("padding", 2)):
+            line.expect(",")
+            line.expect(name)
+            line.expect("=")
+            numbers += [line.integer("a number") for _ in range(count)]
+        line.end()
+        stride, dilation, before, after = numbers
+        return Window(axis, kernel, out, stride, dilation, (before, after))
 
     def slices(self) -> tuple[Slice, ...]:
         """The line ``slices``, if it is there."""

@@ -23,7 +23,8 @@ A line ``switch batch <= 8, 64`` says that the next networks, one more than ther
 for sizes up to its limit. A network is the sum of its terms; `layer` names the module that it stands for. Brackets
 hold one entry for each physical axis; ``(i1 i2)`` is an axis that groups several indices, ``()`` one of size 1. `order`
 and the steps number the tensors of their term, then the results of earlier steps. ``slices r=4`` between the two says
-that the term is computed in four parts of the index r. ``%h`` is a value or a weight; a bare word
+that the term is computed in four parts of the index r; ``window i, k -> h, stride=2, dilation=1, padding=1 1``
+before them that the operand is read at i = 2*h + k - 1. ``%h`` is a value or a weight; a bare word
 in the arguments of an opaque node is a constant of torch's. A name that is not a plain word is a JSON string.
 ``#`` starts a comment; the one behind a node is its source. The numbers of weights and cores are not in the
 text.
@@ -81,6 +82,10 @@ def _node_lines(node: Node, sources: bool) -> Iterator[str]:
         yield "  term"
         for position, tensor in enumerate(term.tensors):
             yield f"    {position} {'core' if tensor.is_core else 'operand'} {_tensor(tensor)}"
+        for w in term.windows:
+            names = f"{_name(w.axis)}, {_name(w.kernel)} -> {_name(w.out)}"
+            padding = " ".join(map(str, w.padding))
+            yield f"    window {names}, stride={w.stride}, dilation={w.dilation}, padding={padding}"
         if len(term.tensors) > 1 or term.order != left_to_right(range(len(term.tensors))):
             yield f"    order {_tree(term.order)}"
         if term.slices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,8 @@ def verify(program: Program, stage: Stage = "traced") -> None:
 
     Any stage: values are defined once and before use, with the shapes and dtypes their readers expect; an
     index has one size in a network; cores have the shape and dtype of their axes; one name is one array;
-    orders name every tensor of their term once; slices are of indices that a term shares. Stage ``scheduled``: every
+    orders name every tensor of their term once; slices are of indices that a term shares; a window joins an index that
+    one operand alone has, one that one other tensor alone has, and one of the output. Stage ``scheduled``: every
     term that has operands also has the steps that compute it.
     """
     defined: dict[str, Value] = {}
@@ -72,6 +74,7 @@ def _verify_network(network: Network, defined: dict[str, Value], arrays: dict[st
     if not network.terms:
         raise _error(network, "no terms")
     present = {i.name for t in network.tensors for i in t.indices}
+    present |= {w.out for term in network.terms for w in term.windows}
     for index in network.output.indices:
         if index.name not in present and not isinstance(index.size, int):
             raise _error(network, f"output index {index.name} of symbolic size is on no tensor")
@@ -81,6 +84,9 @@ def _verify_network(network: Network, defined: dict[str, Value], arrays: dict[st
         if not term.tensors or sorted(flatten(term.order)) != list(range(len(term.tensors))):
             raise _error(network, f"order {term.order} does not name each of {len(term.tensors)} tensors once")
         _verify_slices(network, term)
+        reason = wrong_windows(term, network.output)
+        if reason:
+            raise _error(network, reason)
         if stage == "scheduled" and not term.is_constant:
             _verify_steps(network, term)
 
@@ -118,6 +124,8 @@ def _verify_slices(network: Network, term: Term) -> None:
         holders = sum(part.index in {i.name for i in t.indices} for t in term.tensors)
         if not holders or (holders < 2 and part.index not in output):
             raise _error(network, f"slices of {part.index}, which nothing shares with the output or another tensor")
+        if any(part.index in (w.axis, w.kernel, w.out) for w in term.windows):
+            raise _error(network, f"slices of {part.index}, which a window joins to others")
         if part.index in {s.index for s in term.slices[:number]}:
             raise _error(network, f"{part.index} is sliced twice")
         size = term.indices[part.index].size
@@ -125,9 +133,34 @@ def _verify_slices(network: Network, term: Term) -> None:
             raise _error(network, f"{part.count} slices of {part.index}, whose size is {size}")
 
 
+def wrong_windows(term: Term, output: Tensor) -> str:
+    """What is wrong with the windows of a term; nothing where they can be computed as a convolution."""
+    holders = Counter(i.name for t in term.tensors for i in t.indices)
+    operands = [{i.name for i in t.indices} for t in term.operands]
+    shown = {i.name: i.size for i in output.indices}
+    for w in term.windows:
+        if not any(w.axis in names for names in operands) or holders[w.axis] != 1 or w.axis in shown:
+            return f"a window over {w.axis}, which is not an index of one operand alone"
+        if holders[w.kernel] != 1 or any({w.axis, w.kernel} <= names for names in operands) or w.kernel in shown:
+            return f"a window with {w.kernel}, which is not an index of one kernel alone"
+        if w.out not in shown or holders[w.out]:
+            return f"a window leaves {w.out}, which is not an index of the output alone"
+        axis, kernel, out = term.indices[w.axis].size, term.indices[w.kernel].size, shown[w.out]
+        if isinstance(axis, int) and isinstance(kernel, int) and isinstance(out, int) and w.length(axis, kernel) != out:
+            return f"a window over {w.axis} leaves {w.length(axis, kernel)}, but {w.out} has size {out}"
+    if len({name for w in term.windows for name in (w.axis, w.kernel, w.out)}) < 3 * len(term.windows):
+        return "two windows have an index in common"
+    kernels = {w.kernel for w in term.windows}
+    if kernels and sum(kernels.isdisjoint(names) for names in operands) > 1:
+        return "a window over one of several operands"
+    return ""
+
+
 def _verify_steps(network: Network, term: Term) -> None:
     if term.steps is None:
         raise _error(network, "a term has no schedule")
+    if term.windows and len(term.operands) > 1:
+        raise _error(network, "a kernel that is computed at run time")
     live = set(range(len(term.tensors)))
     layouts = {p: {i.name for i in t.indices} for p, t in enumerate(term.tensors)}
     for number, step in enumerate(term.steps, start=len(term.tensors)):
@@ -136,15 +169,19 @@ def _verify_steps(network: Network, term: Term) -> None:
                 raise _error(network, f"step {number} reads {side}, which is not there (any more)")
             live.remove(side)
         live.add(number)
-        _verify_step_order(network, layouts, step, number)
+        _verify_step_order(network, term, layouts, step, number)
     if len(live) != 1:
         raise _error(network, f"the schedule leaves {len(live)} tensors, not one")
 
 
-def _verify_step_order(network: Network, layouts: dict[int, set[str]], step: Step, number: int) -> None:
-    """A step's result has the indices of its two sides that something else still needs, each once."""
+def _verify_step_order(network: Network, term: Term, layouts: dict[int, set[str]], step: Step, number: int) -> None:
+    """A step's result has the indices of its two sides that something else still needs, each once; a window whose two
+    sides meet leaves its third index."""
     both = layouts.pop(step.left) | layouts.pop(step.right)
-    needed = {i.name for i in network.output.indices}.union(*layouts.values())
+    needed = {i.name for i in network.output.indices}.union(term.slid, *layouts.values())
+    for w in term.windows:
+        if {w.axis, w.kernel} <= both:
+            both = (both - {w.axis, w.kernel}) | {w.out}
     if len({*step.order}) < len(step.order) or {*step.order} != both & needed:
         wanted = " ".join(sorted(both & needed))
         raise _error(network, f"step {number} leaves [{' '.join(step.order)}]; its sides give {wanted}")

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir
 
 from tncompile.frontend import equation as algebra
+from tncompile.frontend.convolution import Sliding, convolution
 from tncompile.frontend.equation import NotMultilinear, broadcast, labels, number, single
 from tncompile.ir import Array, Dim, Value
 
@@ -243,20 +244,21 @@ def _expand(o: Operator) -> Equation:
 
 
 @_register("Conv")
-def _pointwise_convolution(o: Operator) -> Equation:
-    x, weight, bias = o.input(0), o.input(1), o.optional(2)
-    kernel = o.shape(weight)[2:]
-    if any(size != 1 for size in kernel) or o.rank(x) != o.rank(weight):
-        raise NotMultilinear("a convolution with a window")
-    if any(s != 1 for s in o.attribute("strides") or ()) or any(o.attribute("pads") or ()):
-        raise NotMultilinear("a convolution with a stride or padding")
-    if o.attribute("group", 1) != 1:
-        raise NotMultilinear("a grouped convolution")
-    space = labels("s", len(kernel))
-    terms = [Product([(x, ["b", "i", *space]), (weight, ["o", "i", *labels("w", len(kernel))])])]
-    if bias is not None:
-        terms.append(Product([(bias, ["o"])]))
-    return Equation(terms, ["b", "o", *space])
+def _convolution(o: Operator) -> Equation:
+    x, weight = o.input(0), o.input(1)
+    kernel = o.shape(weight)
+    rank = len(kernel) - 2
+    pads = list(o.attribute("pads") or [0] * (2 * rank))
+    if o.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise NotMultilinear("a convolution whose padding follows from its input's size")
+    sliding = Sliding(
+        list(o.attribute("strides") or [1] * rank),
+        list(o.attribute("dilations") or [1] * rank),
+        list(zip(pads[:rank], pads[rank:], strict=True)),
+        o.attribute("group", 1),
+    )
+    constant = o.constant(weight) is not None
+    return convolution(x, o.value(x), weight, kernel, o.optional(2), sliding, constant)
 
 
 @_register("BatchNormalization")
