@@ -13,6 +13,7 @@ from tncompile.passes.base import Context, Pass, PassReport
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
+from tncompile.passes.join import Join
 from tncompile.passes.layout import Layout
 from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
@@ -24,12 +25,16 @@ DEFAULT: tuple[Pass, ...] = (
     Stacks(),  # what is taken apart and stacked again would part networks
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
+    Join(),  # before cores of one of many equal networks are merged, and of another not
+    Stacks(),  # what was joined may be put together again
+    Fold(),  # and may have nothing between it now
+    Clean(),  # selections that nothing reads any more
     MergeCores(),  # leaves a smaller network to search
     Order(),  # its schedules fit the networks as they now are: only what knows of them may follow
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, MergeCores, Dense, Order, Layout, Limit)}
+PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, Join, MergeCores, Dense, Order, Layout, Limit)}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program
 

@@ -1,0 +1,97 @@
+"""What nodes are predicted to take as `order` will compute them: by this, passes before it weigh a rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tncompile.ir import Network, Node, Opaque, Program, Term, dims
+from tncompile.passes.base import Context
+from tncompile.passes.plans import Limits, candidates, key_of, scheduler
+from tncompile.passes.pointwise import POINTWISE
+
+Seconds = tuple[float, ...]
+"""Predicted, at each batch size of the context."""
+
+MOVES = frozenset(
+    f"aten.{name}" for name in ("select.int", "slice.Tensor", "stack.default", "cat.default", "index_select.default")
+)
+_LIMITS = Limits(max_trials=2, trees=2)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Prices nodes at the batch sizes of a context; what was priced once is remembered."""
+
+    context: Context
+    _known: dict[object, Seconds] = field(default_factory=dict)
+
+    @property
+    def nothing(self) -> Seconds:
+        """No time at all."""
+        return (0.0,) * len(self.context.batches)
+
+    def nodes(self, nodes: Iterable[Node]) -> Seconds:
+        """The sum over some nodes; an opaque node that neither moves nor maps elements is not counted."""
+        return total(self.nothing, *(self.node(node) for node in nodes))
+
+    def program(self, program: Program) -> Seconds:
+        """The sum over the nodes of a program."""
+        return self.nodes(program.nodes)
+
+    def node(self, node: Node) -> Seconds:
+        """One node's seconds."""
+        if isinstance(node, Opaque):
+            counts = node.target in MOVES or node.target in POINTWISE
+            return self.move(node.output.shape or (), node.output.dtype) if counts else self.nothing
+        network = node if isinstance(node, Network) else node.cases[0]
+        moving = [term for term in network.terms if not term.is_constant]
+        seconds = total(self.nothing, *(self._term(network, term) for term in moving))
+        return total(seconds, *(self._sum(network) for _ in moving[1:]))
+
+    def move(self, shape: Sequence[dims.Dim], dtype: str) -> Seconds:
+        """A node that reads and writes each element of a value once."""
+        profile = self.context.profile
+        itemsize = np.dtype(dtype).itemsize
+        return tuple(profile.node + profile.copy_time(size, itemsize) for size in self._sizes(shape))
+
+    def _sum(self, network: Network) -> Seconds:
+        itemsize = np.dtype(network.dtype).itemsize
+        profile = self.context.profile
+        return tuple(profile.multiply_time(1, size, itemsize) for size in self._sizes(network.output.shape))
+
+    def _sizes(self, shape: Sequence[dims.Dim]) -> list[int]:
+        return [
+            int(np.prod([self.context.size(d, batch) for d in shape], dtype=np.int64))
+            for batch in self.context.batches
+        ]
+
+    def _term(self, network: Network, term: Term) -> Seconds:
+        key = key_of(network, term, self.context)
+        if key not in self._known:
+            if len(term.tensors) == 1:
+                prices = [scheduler(network, term, self.context, batch) for batch in self.context.batches]
+                self._known[key] = tuple(p.schedule(0).seconds for p in prices)
+            else:
+                ways = [way.seconds for way in candidates(network, term, self.context, _LIMITS)]
+                self._known[key] = tuple(map(min, zip(*ways, strict=True)))
+        return self._known[key]
+
+
+def total(*parts: Seconds) -> Seconds:
+    """The sum, batch size by batch size."""
+    return tuple(map(sum, zip(*parts, strict=True)))
+
+
+def gains(before: Seconds, after: Seconds, margin: float) -> bool:
+    """Whether no batch size loses, and all together gain by at least `margin` of what each took."""
+    if any(b > a for a, b in zip(before, after, strict=True)) or not any(before):
+        return False
+    return ratio(before, after) <= 1 - margin
+
+
+def ratio(before: Seconds, after: Seconds) -> float:
+    """How long it takes afterwards for each second before, averaged over the batch sizes."""
+    return float(np.mean([b / a for a, b in zip(before, after, strict=True) if a > 0]))
