@@ -65,7 +65,7 @@ class Levels:
         return state, before, after
 
     def _follow(self, state: State, before: Seconds, spent: Seconds) -> None:
-        for cells in families(state):
+        for cells in sorted(families(state), key=lambda cells: -len(cells[0])):  # good ways soon, to prune others by
             joined = self._joined(state, cells)
             if joined is None:
                 continue

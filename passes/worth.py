@@ -9,7 +9,7 @@ import numpy as np
 
 from tncompile.ir import Network, Node, Opaque, Program, Term, dims
 from tncompile.passes.base import Context
-from tncompile.passes.plans import Limits, candidates, key_of, scheduler
+from tncompile.passes.plans import estimate, key_of
 from tncompile.passes.pointwise import POINTWISE
 
 Seconds = tuple[float, ...]
@@ -18,7 +18,6 @@ Seconds = tuple[float, ...]
 MOVES = frozenset(
     f"aten.{name}" for name in ("select.int", "slice.Tensor", "stack.default", "cat.default", "index_select.default")
 )
-_LIMITS = Limits(max_trials=2, trees=2)
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,7 @@ class Worth:
     def _term(self, network: Network, term: Term) -> Seconds:
         key = key_of(network, term, self.context)
         if key not in self._known:
-            if len(term.tensors) == 1:
-                prices = [scheduler(network, term, self.context, batch) for batch in self.context.batches]
-                self._known[key] = tuple(p.schedule(0).seconds for p in prices)
-            else:
-                ways = [way.seconds for way in candidates(network, term, self.context, _LIMITS)]
-                self._known[key] = tuple(map(min, zip(*ways, strict=True)))
+            self._known[key] = estimate(network, term, self.context)
         return self._known[key]
 
 
