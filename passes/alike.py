@@ -3,11 +3,12 @@ program."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tncompile.ir import Arg, Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
-from tncompile.ir.edit import fresh
+from tncompile.ir.edit import CannotEdit, fresh, inline
 from tncompile.passes.equals import Parts, in_order, join, selection, selections, structure
 from tncompile.passes.fold import is_view
 from tncompile.passes.pointwise import joined as pointwise_inputs
@@ -196,6 +197,23 @@ class _Rewriting:
                 self._replace({node.output.name: None}, (_merged(node, value, at, axis % (len(shape) - 1)),))
                 return True
         return False
+
+
+def multiplied_out(program: Program, known: Collection[str]) -> Program:
+    """A program in which networks that are not `known` are put into the one network that reads each, biases and all.
+
+    ``sum over n of g[b, n] · (h[n, b, k] W[n, k, o] + bias[n, o])``, a mixture of experts, becomes a term for the
+    products and one for the biases, which `fold` leaves alone: what that costs is for who asks to weigh.
+    """
+    nodes: dict[str, Node] = {node.value.name: node for node in program.nodes}
+    for name in [name for name in nodes if name not in known and program.uses[name] == 1]:
+        producer = nodes[name]
+        reader = next((n for n in nodes.values() if name in n.inputs), None)
+        if isinstance(producer, Network) and isinstance(reader, Network):
+            with contextlib.suppress(CannotEdit):
+                nodes[reader.output.name] = inline(reader, producer)
+                del nodes[name]
+    return replace(program, nodes=tuple(nodes.values()))
 
 
 def _merged(node: Opaque, value: Value, at: int, axis: int) -> Network:

@@ -12,7 +12,7 @@ from tncompile.ir import Index, Network, Node, Tensor, Term
 from tncompile.ir.edit import drop_tensors, fresh, outside
 from tncompile.passes.base import Context
 from tncompile.passes.equals import Joined, Parts, join, structure
-from tncompile.passes.worth import Seconds, Worth, ratio, total
+from tncompile.passes.worth import Seconds, Worth, gains, ratio, total
 
 Cell = tuple[int, ...]
 """Positions of tensors in a term; those of all cells of a family play the same parts in the same order."""
@@ -76,7 +76,7 @@ class Levels:
                 continue  # as far as this for less, or the whole of it
             self._seen[key] = so_far
             seconds = total(now, self._rest(following))
-            if ratio(before, seconds) < self._best[0] and all(s <= b for s, b in zip(seconds, before, strict=True)):
+            if ratio(before, seconds) < self._best[0] and gains(before, seconds, 0.0):
                 self._best = (ratio(before, seconds), following, seconds)
             self._follow(following, before, now)
 

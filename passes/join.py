@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 from tncompile.ir import Network, Node, Program
 from tncompile.ir.edit import unique_cores
-from tncompile.passes.alike import Family, joined, seeds
+from tncompile.passes.alike import Family, joined, multiplied_out, seeds
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.cells import Levels, State
 from tncompile.passes.clean import Clean
 from tncompile.passes.equals import Parts, selections, structure
 from tncompile.passes.explain import microseconds
 from tncompile.passes.fold import Fold
+from tncompile.passes.pieces import as_selections
 from tncompile.passes.stacks import Stacks
-from tncompile.passes.worth import Seconds, Worth, gains
+from tncompile.passes.worth import Seconds, Worth, gains, ratio
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,31 @@ class Join(Pass):
     # ------------------------------------------------------------------------------ several networks
 
     def _families(self, program: Program, worth: Worth, changes: list[Change]) -> Program:
-        declined: set[object] = set()
-        while True:
-            for family in seeds(program):
-                shared = tuple(a.name == b.name for a, b in zip(family[0].operands, family[1].operands, strict=True))
-                key = (structure(family[0]), len(family), shared)
-                if key in declined:
-                    continue
-                better = self._joined(program, family, worth, changes)
-                if better is not None:
-                    program = better
-                    break
-                declined.add(key)
-            else:
-                return program
+        """Equal networks, also of chunks and slices; those stay as they are where nothing is joined."""
+        declined: dict[object, Change] = {}
+        done = _tidied(as_selections(program), worth.context)
+        found = False
+        while (better := self._first(done, worth, declined, changes)) is not None:
+            done, found = better, True
+        changes += declined.values()
+        return done if found else program
 
-    def _joined(self, program: Program, family: Family, worth: Worth, changes: list[Change]) -> Program | None:
+    def _first(
+        self, program: Program, worth: Worth, declined: dict[object, Change], changes: list[Change]
+    ) -> Program | None:
+        """The program with the first family joined that is worth it. Of equal families one is weighed."""
+        for family in seeds(program):
+            shared = tuple(a.name == b.name for a, b in zip(family[0].operands, family[1].operands, strict=True))
+            key = (structure(family[0]), len(family), shared)
+            if key not in declined:
+                change, better = self._joined(program, family, worth)
+                if better is not None:
+                    changes.append(change)
+                    return better
+                declined[key] = change
+        return None
+
+    def _joined(self, program: Program, family: Family, worth: Worth) -> tuple[Change, Program | None]:
         names = ", ".join(n.output.name for n in family[1:4]) + (", ..." if len(family) > 4 else "")
         what = f"computed at once with {names}"
         best: tuple[float, Program, str] | None = None
@@ -74,19 +84,17 @@ class Join(Pass):
         for place in dict.fromkeys((0, max(0, len(family[0].output.axes) - 1))):
             after = joined(program, family, place)
             if after is None:
-                return None
-            for step in (Stacks(), Clean(), Fold(), Clean()):
-                after, _ = step.run(after, worth.context)
-            old, new = _differ(program, after)
-            prices = worth.nodes(old), worth.nodes(new)
-            why = why or predicted(*prices, worth.context)
-            if gains(*prices, self.margin) and (best is None or sum(prices[1]) < best[0]):
-                best = (sum(prices[1]), after, predicted(*prices, worth.context))
+                continue
+            known = {node.value.name for node in program.nodes}
+            after = _tidied(after, worth.context)
+            for way in (after, _tidied(multiplied_out(after, known), worth.context)):
+                prices = tuple(map(worth.nodes, _differ(program, way)))
+                why = why or predicted(*prices, worth.context)
+                if gains(*prices, self.margin) and (best is None or ratio(*prices) < best[0]):
+                    best = (ratio(*prices), way, predicted(*prices, worth.context))
         if best is None:
-            changes.append(Change(family[0].output.name, what, why, declined=True))
-            return None
-        changes.append(Change(family[0].output.name, what, best[2]))
-        return best[1]
+            return Change(family[0].output.name, what, why, declined=True), None
+        return Change(family[0].output.name, what, best[2]), best[1]
 
     # ------------------------------------------------------------------------------ one network
 
@@ -115,11 +123,21 @@ class Join(Pass):
         return [*end.nodes, end.network]
 
 
+def _tidied(program: Program, context: Context) -> Program:
+    """What the passes before make of a program in which networks were joined."""
+    for step in (Stacks(), Clean(), Fold(), Clean()):
+        program, _ = step.run(program, context)
+    return program
+
+
 def _differ(before: Program, after: Program) -> tuple[list[Node], list[Node]]:
     """The nodes that only one of two programs has."""
-    old = {id(node) for node in before.nodes}
-    new = {id(node) for node in after.nodes}
-    return [n for n in before.nodes if id(n) not in new], [n for n in after.nodes if id(n) not in old]
+    old = {node.value.name: node for node in before.nodes}
+    new = {node.value.name: node for node in after.nodes}
+    return (
+        [node for name, node in old.items() if new.get(name) != node],
+        [node for name, node in new.items() if old.get(name) != node],
+    )
 
 
 def predicted(before: Seconds, after: Seconds, context: Context) -> str:
