@@ -66,7 +66,7 @@ class Levels:
 
     def _follow(self, state: State, before: Seconds, spent: Seconds) -> None:
         for cells in sorted(families(state), key=lambda cells: -len(cells[0])):  # good ways soon, to prune others by
-            joined = self._joined(state, cells)
+            joined = self.joined(state, cells)
             if joined is None:
                 continue
             following, new = joined
@@ -86,7 +86,7 @@ class Levels:
         moves = (self.worth.move(t.shape, state.network.dtype) for t in reads.values())
         return total(self.worth.node(state.network), *moves)
 
-    def _joined(self, state: State, cells: Sequence[Cell]) -> tuple[State, tuple[Node, ...]] | None:
+    def joined(self, state: State, cells: Sequence[Cell]) -> tuple[State, tuple[Node, ...]] | None:
         """The state in which some cells are one network, and the nodes that this takes."""
         network, term = state.network, state.term
         taken = self.taken | {node.value.name for node in state.nodes}
