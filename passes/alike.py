@@ -21,15 +21,18 @@ CAT = "aten.cat.default"
 def seeds(program: Program) -> Iterator[Family]:
     """Families of networks that do work, none of which needs another of its own.
 
-    First those that read the same values, or selections from the same value; then those of the same cores.
+    First those that read the same values, or selections from the same value; then those of any values. Queries, keys
+    and values of attention are left alone: ONNX Runtime must find them as they are.
     """
     parts = selections(program)
-    working = [n for n in program.nodes if isinstance(n, Network) and _works(n)]
+    attended = _attended(program)
+    working = [n for n in program.networks if _works(n) and n.output.name not in attended]
     ancestors = _ancestors(program)
-    for key in (lambda n: _reads(n, parts), _cores):
+    for together in (True, False):
         groups: dict[object, list[Network]] = {}
         for network in working:
-            groups.setdefault((structure(network), key(network)), []).append(network)
+            key = (structure(network), _reads(network, parts) if together else None)
+            groups.setdefault(key, []).append(network)
         for group in groups.values():
             for family in _antichains(group, ancestors):
                 if len(family) > 1:
@@ -44,11 +47,29 @@ def _works(network: Network) -> bool:
 
 
 def _reads(network: Network, parts: Parts) -> object:
-    return tuple((parts[t.name].value.name, parts[t.name].axis) if t.name in parts else t.name for t in network.operands)
+    return tuple(
+        (parts[t.name].value.name, parts[t.name].axis) if t.name in parts else t.name for t in network.operands
+    )
 
 
-def _cores(network: Network) -> object:
-    return tuple(id(core.data) for core in network.cores)
+def _attended(program: Program) -> set[str]:
+    """What torch's attention reads, or a softmax of products of two values and what it is multiplied by."""
+    made = {node.value.name: node for node in program.nodes}
+    found: set[str] = set()
+    for node in program.nodes:
+        if isinstance(node, Opaque) and "scaled_dot_product_attention" in node.target:
+            found |= {*node.inputs}
+        if isinstance(node, Network) and len({*node.inputs}) > 1:
+            weights = [name for name in node.inputs if _is_softmax(made.get(name))]
+            scores = [made.get(read) for name in weights for read in made[name].inputs]
+            for pair in scores:
+                if isinstance(pair, Network) and len({*pair.inputs}) > 1:
+                    found |= {*pair.inputs, *node.inputs}
+    return found
+
+
+def _is_softmax(node: Node | None) -> bool:
+    return isinstance(node, Opaque) and "softmax" in node.target
 
 
 def _first_position(network: Network, parts: Parts) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tncompile.cost.search import optimal
-from tncompile.ir import Index, Network, Node, Tensor, Term
+from tncompile.ir import Network, Node, Tensor, Term
 from tncompile.ir.edit import drop_tensors, fresh, outside
 from tncompile.passes.base import Context
-from tncompile.passes.equals import Joined, Parts, join, structure
+from tncompile.passes.equals import Parts, join, structure
 from tncompile.passes.worth import Seconds, Worth, gains, ratio, total
 
 Cell = tuple[int, ...]
@@ -101,9 +99,7 @@ class Levels:
         parts = {**state.parts, **joined.parts}
         return State(replace(network, terms=terms), (*state.nodes, *new, *joined.reads), parts), new
 
-    def _without(
-        self, network: Network, term: Term, cells: Sequence[Cell], extracted: Sequence[Network]
-    ) -> Term:
+    def _without(self, network: Network, term: Term, cells: Sequence[Cell], extracted: Sequence[Network]) -> Term:
         """The term with one operand in the place of each cell."""
         tensors = list(term.tensors)
         for cell, part in zip(cells, extracted, strict=True):

@@ -40,7 +40,7 @@ class Join(Pass):
     4. The program is predicted no slower at any batch size, and faster by `margin` of what the change concerns.
     """
 
-    margin: float = 0.1
+    margin: float = 0.15
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
@@ -88,10 +88,10 @@ class Join(Pass):
             known = {node.value.name for node in program.nodes}
             after = _tidied(after, worth.context)
             for way in (after, _tidied(multiplied_out(after, known), worth.context)):
-                prices = tuple(map(worth.nodes, _differ(program, way)))
-                why = why or predicted(*prices, worth.context)
-                if gains(*prices, self.margin) and (best is None or ratio(*prices) < best[0]):
-                    best = (ratio(*prices), way, predicted(*prices, worth.context))
+                old, new = map(worth.nodes, _differ(program, way))
+                why = why or predicted(old, new, worth.context)
+                if gains(old, new, self.margin) and (best is None or ratio(old, new) < best[0]):
+                    best = (ratio(old, new), way, predicted(old, new, worth.context))
         if best is None:
             return Change(family[0].output.name, what, why, declined=True), None
         return Change(family[0].output.name, what, best[2]), best[1]

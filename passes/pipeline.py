@@ -34,7 +34,9 @@ DEFAULT: tuple[Pass, ...] = (
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-PASSES: dict[str, type[Pass]] = {p.name(): p for p in (Clean, Stacks, Fold, Join, MergeCores, Dense, Order, Layout, Limit)}
+PASSES: dict[str, type[Pass]] = {
+    p.name(): p for p in (Clean, Stacks, Fold, Join, MergeCores, Dense, Order, Layout, Limit)
+}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program
 

@@ -92,7 +92,9 @@ def _estimate(network: Network, term: Term, context: Context) -> tuple[float, ..
     if len(term.tensors) > 2:
         trees |= dict.fromkeys(search.refined(term.order) for search in {searches[0], searches[-1]})
     found = [_schedulers(network, term, tree, context) for tree in trees]
-    return tuple(min(prices[k].schedule(merged.order).seconds for merged, prices in found) for k in range(len(searches)))
+    return tuple(
+        min(prices[k].schedule(merged.order).seconds for merged, prices in found) for k in range(len(searches))
+    )
 
 
 def _search(

@@ -65,14 +65,15 @@ class Worth:
 
     def _sizes(self, shape: Sequence[dims.Dim]) -> list[int]:
         return [
-            int(np.prod([self.context.size(d, batch) for d in shape], dtype=np.int64))
-            for batch in self.context.batches
+            int(np.prod([self.context.size(d, batch) for d in shape], dtype=np.int64)) for batch in self.context.batches
         ]
 
     def _term(self, network: Network, term: Term) -> Seconds:
         key = key_of(network, term, self.context)
         if key not in self._known:
-            self._known[key] = estimate(network, term, self.context)
+            # the tables are of steps that follow each other; what is read from elsewhere has a node or two of its own
+            reads = self.context.profile.node * len(term.operands)
+            self._known[key] = tuple(reads + seconds for seconds in estimate(network, term, self.context))
         return self._known[key]
 
 

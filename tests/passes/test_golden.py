@@ -77,7 +77,7 @@ def test_golden(path: Path, update_golden: bool) -> None:
 
 
 def _line(change: Change, why: bool) -> str:
-    """A line of the report; the reasons of `order`, `layout` and `join` are predicted times, which are the cost model's."""
+    """A line of the report; the reasons of `order`, `layout` and `join` are predicted times: the cost model's."""
     sign = "-" if change.declined else "+"
     return f"{sign} {change.network}: {change.what}{f' ({change.why})' if change.why and why else ''}"
 
