@@ -46,7 +46,7 @@ program
 @pytest.mark.parametrize(
     ("text", "passes"),
     [
-        ("clean,stacks,fold,clean,merge_cores,order,layout", DEFAULT),
+        ("clean,stacks,fold,clean,join,stacks,fold,clean,merge_cores,order,layout", DEFAULT),
         ("clean", (Clean(),)),
         ("order", (Order(),)),
         (" clean , fold ", (Clean(), Fold())),
