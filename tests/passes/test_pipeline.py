@@ -65,7 +65,7 @@ def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cleen", "no pass 'cleen'; the passes are clean, stacks, fold, merge_cores, dense, order"),
+        ("cleen", "no pass 'cleen'; the passes are clean, stacks, fold, join, merge_cores, dense, order"),
         ("clean,order,magic{x=1}", "no pass 'magic'"),
         ("order{speed=9}", "order has no option 'speed'; it has max_trials"),
         ("clean{x=1}", "clean has no option 'x'; it has none"),
@@ -85,7 +85,8 @@ def test_what_is_wrong_with_a_text(text: str, message: str) -> None:
 
 
 def test_names_are_spelled_as_on_the_command_line() -> None:
-    assert [p.name() for p in DEFAULT] == ["clean", "stacks", "fold", "clean", "merge_cores", "order", "layout"]
+    first = ["clean", "stacks", "fold", "clean"]
+    assert [p.name() for p in DEFAULT] == [*first, "join", *first[1:], "merge_cores", "order", "layout"]
 
 
 # ------------------------------------------------------------------------------------ the verifier
