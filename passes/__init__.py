@@ -8,6 +8,7 @@ from tncompile.passes.blocks import Blocks
 from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
+from tncompile.passes.join import Join
 from tncompile.passes.layout import Layout
 from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
@@ -22,6 +23,7 @@ __all__ = [
     "Context",
     "Dense",
     "Fold",
+    "Join",
     "Layout",
     "Limit",
     "MergeCores",

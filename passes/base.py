@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from tncompile.cost.devices import default_profile
 from tncompile.cost.profile import DeviceProfile
 from tncompile.ir import Program, dims
-from tncompile.ir.core import Index, Network
+from tncompile.ir.core import Network
 
 
 class Timer(Protocol):
@@ -51,17 +51,16 @@ class Context:
         """Sizes of all symbols at one batch size."""
         return {**self.sizes, "batch": batch}
 
+    def size(self, dim: dims.Dim, batch: int) -> int:
+        """A size at one batch size; a symbol nobody knows counts as that batch size."""
+        try:
+            return dims.evaluate(dim, self.symbols(batch))
+        except KeyError:
+            return batch
+
     def index_sizes(self, network: Network, batch: int) -> dict[str, int]:
-        """Sizes of a network's indices at one batch size; a symbol nobody knows counts as that batch size."""
-        symbols = self.symbols(batch)
-
-        def size(index: Index) -> int:
-            try:
-                return dims.evaluate(index.size, symbols)
-            except KeyError:
-                return batch
-
-        return {name: size(index) for name, index in network.indices.items()}
+        """Sizes of a network's indices at one batch size."""
+        return {name: self.size(index.size, batch) for name, index in network.indices.items()}
 
 
 @dataclass(frozen=True)

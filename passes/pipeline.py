@@ -15,6 +15,7 @@ from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
 from tncompile.passes.gathers import Gathers
+from tncompile.passes.join import Join
 from tncompile.passes.layout import Layout
 from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
@@ -30,6 +31,10 @@ DEFAULT: tuple[Pass, ...] = (
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
     Steps(),  # of whole layers: before, their parts are networks of their own
+    Join(),  # before cores of one of many equal networks are merged, and of another not
+    Stacks(),  # what was joined may be put together again
+    Fold(),  # and may have nothing between it now
+    Clean(),  # selections that nothing reads any more
     MergeCores(),  # leaves a smaller network to search
     Tables(),  # after what needs no search, as it weighs what is left
     Blocks(),  # merged bonds are gone
@@ -38,7 +43,7 @@ DEFAULT: tuple[Pass, ...] = (
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-_EVERY = (Clean, Stacks, Gathers, Fold, Steps, MergeCores, Tables, Blocks, Dense, Order, Layout, Limit)
+_EVERY = (Clean, Stacks, Gathers, Fold, Join, Steps, MergeCores, Tables, Blocks, Dense, Order, Layout, Limit)
 PASSES: dict[str, type[Pass]] = {p.name(): p for p in _EVERY}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program

@@ -11,7 +11,7 @@ from tncompile.cost.exhaustive import best_trees
 from tncompile.cost.memory import price
 from tncompile.cost.schedule import Schedule, Scheduler, reduced_layouts
 from tncompile.cost.search import TreeSearch
-from tncompile.ir import Network, Step, Term, Tree
+from tncompile.ir import Network, Step, Term, Tree, dims
 from tncompile.ir.core import fold_tree, left_to_right, map_tree
 from tncompile.ir.edit import merge_groups
 from tncompile.ir.evaluate import flatten
@@ -75,6 +75,26 @@ def candidates(network: Network, term: Term, context: Context, limits: Limits) -
         for way in steps:
             found[Candidate(label, tree, way, tuple(p.price(way).seconds for p in prices))] = None
     return list(found)
+
+
+def estimate(network: Network, term: Term, context: Context) -> tuple[float, ...]:
+    """Seconds of a good way to compute a term at each batch size, without the long search: for what asks often."""
+    if all(dims.is_static(i.size) for i in (*term.indices.values(), *network.output.indices)):
+        (seconds,) = _estimate(network, term, replace(context, batches=context.batches[:1]))
+        return (seconds,) * len(context.batches)
+    return _estimate(network, term, context)
+
+
+def _estimate(network: Network, term: Term, context: Context) -> tuple[float, ...]:
+    searches = [tree_search(network, term, context, batch) for batch in context.batches]
+    dense = searches[0].dense()
+    trees = dict.fromkeys((term.order, _unmerged(term), *([] if dense is None else [dense])))
+    if len(term.tensors) > 2:
+        trees |= dict.fromkeys(search.refined(term.order) for search in {searches[0], searches[-1]})
+    found = [_schedulers(network, term, tree, context) for tree in trees]
+    return tuple(
+        min(prices[k].schedule(merged.order).seconds for merged, prices in found) for k in range(len(searches))
+    )
 
 
 def _search(

@@ -49,7 +49,7 @@ class Stacks(Pass):
                 continue
             if node.target == UNBIND:
                 tuples[node.output.name] = node
-            part = _part(node, program, tuples)
+            part = part_of(node, program, tuples)
             if part is not None:
                 parts[node.output.name] = part
                 nodes.append(_selection(node, part))
@@ -66,7 +66,7 @@ class Stacks(Pass):
         return replace(program, nodes=tuple(nodes)), changes
 
 
-def _part(node: Opaque, program: Program, tuples: dict[str, Opaque]) -> Part | None:
+def part_of(node: Opaque, program: Program, tuples: dict[str, Opaque]) -> Part | None:
     """What a node selects."""
     if node.target == GETITEM and isinstance(node.args[0], Ref) and node.args[0].name in tuples:
         source, position = tuples[node.args[0].name], node.args[1]

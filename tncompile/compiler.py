@@ -212,7 +212,7 @@ def compile_exported(
             session = Session(file.data)
             result = check_session(session, traced, batches, examples, _in_every_range(program))
         watch("check")
-    composed = stages.get("steps") or stages.get("fold") or traced.program  # the last with cores as they were
+    composed = stages.get("fold", traced.program)  # the last with cores as they were
     networks, views = summarize(composed, program, reports, context, file.storage.cores)
     report = Report(
         networks=networks,

@@ -69,7 +69,7 @@ def test_golden(path: Path, update_golden: bool) -> None:
     context = Context(max_memory=int(limit)) if (limit := case.options.get("max_memory")) else Context()
     after, changes = apply_pass(case.step, program, tolerance=float(case.options["tolerance"]), context=context)
     text = ir_text.dump(after).strip()
-    report = "\n".join(_line(c, why=case.step.name() not in ("order", "layout")) for c in changes)
+    report = "\n".join(_line(c, why=case.step.name() not in ("order", "layout", "join")) for c in changes)
     if update_golden:
         case.write(path, text, report)
     assert text == (Case.read(path) if update_golden else case).after
@@ -77,7 +77,7 @@ def test_golden(path: Path, update_golden: bool) -> None:
 
 
 def _line(change: Change, why: bool) -> str:
-    """A line of the report; the reasons of `order` and `layout` are predicted times, which are the cost model's."""
+    """A line of the report; the reasons of `order`, `layout` and `join` are predicted times: the cost model's."""
     sign = "-" if change.declined else "+"
     return f"{sign} {change.network}: {change.what}{f' ({change.why})' if change.why and why else ''}"
 

@@ -43,10 +43,16 @@ program
 # ------------------------------------------------------------------------------------ parse_passes
 
 
+EVERY = "clean stacks gathers fold clean steps join stacks fold clean merge_cores tables blocks clean order layout"
+
+
 @pytest.mark.parametrize(
     ("text", "passes"),
     [
-        ("clean,stacks,gathers,fold,clean,steps,merge_cores,tables,blocks,clean,order,layout", DEFAULT),
+        (
+            "clean,stacks,gathers,fold,clean,join,stacks,fold,clean,merge_cores,tables,blocks,clean,order,layout",
+            DEFAULT,
+        ),
         ("clean", (Clean(),)),
         ("order", (Order(),)),
         (" clean , fold ", (Clean(), Fold())),
@@ -65,7 +71,7 @@ def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cleen", "no pass 'cleen'; the passes are clean, stacks, gathers, fold, steps, merge_cores, tables, blocks"),
+        ("cleen", "no pass 'cleen'; the passes are clean, stacks, gathers, fold, join, steps, merge_cores"),
         ("clean,order,magic{x=1}", "no pass 'magic'"),
         ("order{speed=9}", "order has no option 'speed'; it has max_trials"),
         ("clean{x=1}", "clean has no option 'x'; it has none"),
@@ -85,8 +91,7 @@ def test_what_is_wrong_with_a_text(text: str, message: str) -> None:
 
 
 def test_names_are_spelled_as_on_the_command_line() -> None:
-    names = "clean stacks gathers fold clean steps merge_cores tables blocks clean order layout"
-    assert [p.name() for p in DEFAULT] == names.split()
+    assert [p.name() for p in DEFAULT] == EVERY.split()
 
 
 # ------------------------------------------------------------------------------------ the verifier

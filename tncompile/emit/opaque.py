@@ -110,35 +110,29 @@ def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedP
 
 
 def _relaid(program: Program, traced: TracedModel, meta: dict[str, Any], mode: Any) -> dict[str, dict[str, Any]]:
-    """The meta of values that were not traced, or have another shape than was, as their modes lie in another order."""
-    found = {}
-    known = {
-        dim: size
-        for value in traced.program.values.values()
-        if value.shape is not None and value.name in meta
-        for dim, size in zip(value.shape, meta[value.name]["val"].shape, strict=True)
-    }
-    for node in program.nodes:
-        shape = node.value.shape
-        if not isinstance(node, Opaque) and node.value.name not in meta and shape is not None:
-            with mode:
-                dtype = getattr(torch, node.value.dtype)
-                found[node.value.name] = {"val": torch.empty([_run_time_size(d, known) for d in shape], dtype=dtype)}
+    """The meta of values that were not traced, or have another shape than was, as passes have made or moved them."""
+    found: dict[str, dict[str, Any]] = {}
+    sizes: dict[Dim, Any] = {}
+    for name, value in traced.program.values.items():
+        fake = meta.get(name, {}).get("val")
+        if value.shape is not None and isinstance(fake, torch.Tensor):
+            sizes |= {dim: size for dim, size in zip(value.shape, fake.shape, strict=True) if not isinstance(dim, int)}
     for name, value in program.values.items():
         before = traced.program.values.get(name)
-        if before is None or before.shape is None or value.shape is None or before.shape == value.shape:
+        if value.shape is None or (before is not None and before.shape in (None, value.shape)):
             continue
-        old = meta[name]["val"]
-        sizes = dict(zip(before.shape, old.shape, strict=True))
+        shape = [_run_time_size(dim, sizes) for dim in value.shape]
         with mode:
-            found[name] = {**meta[name], "val": old.new_empty([_run_time_size(d, sizes) for d in value.shape])}
+            found[name] = {**meta.get(name, {}), "val": torch.empty(shape, dtype=getattr(torch, value.dtype))}
     return found
 
 
 def _run_time_size(dim: Dim, sizes: dict[Dim, Any]) -> Any:
-    """A size of a new shape in torch's symbols, from the sizes of the old one."""
+    """A size of a new shape in torch's symbols, from the sizes that were traced."""
     if isinstance(dim, int):
         return dim
+    if dim in sizes:
+        return sizes[dim]
     for known, size in sizes.items():
         times, part = dims.divide(dim, known), dims.divide(known, dim)
         if isinstance(times, int) or isinstance(part, int):
