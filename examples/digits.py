@@ -31,8 +31,7 @@ class TTLinear(nn.Module):
         bonds = [1, rank, rank, 1]
         sites = zip(bonds, inputs, outputs, bonds[1:], strict=False)
         self.cores = nn.ParameterList(
-            torch.randn(left, i, o, right) * (2 ** (1 / 3) / (i * left)) ** 0.5
-            for left, i, o, right in sites
+            torch.randn(left, i, o, right) * (2 ** (1 / 3) / (i * left)) ** 0.5 for left, i, o, right in sites
         )
         self.bias = nn.Parameter(torch.zeros(self.out_features))
 
@@ -42,16 +41,12 @@ class TTLinear(nn.Module):
         return y.reshape(-1, self.out_features) + self.bias
 
 
-def tensorized(
-    inputs: Modes, outputs: Modes, form: str, implementation: str, rank: float
-) -> nn.Module:
+def tensorized(inputs: Modes, outputs: Modes, form: str, implementation: str, rank: float) -> nn.Module:
     """A layer of tensorly-torch whose initial weights keep the size of what flows through.
 
     A ``rank`` that is an int is the rank itself; a float is the share of the dense parameters.
     """
-    layer = tltorch.FactorizedLinear(
-        inputs, outputs, factorization=form, rank=rank, implementation=implementation
-    )
+    layer = tltorch.FactorizedLinear(inputs, outputs, factorization=form, rank=rank, implementation=implementation)
     spread = (2 / math.prod(inputs)) ** 0.5
     with torch.no_grad():
         layer.weight.normal_(0, spread)
@@ -76,21 +71,13 @@ LAYERS: dict[str, Layer] = {
     "tucker_reconstructed": Layer(
         "Tucker, reconstructed", lambda: tensorized(PIXELS, WIDE, "tucker", "reconstructed", 0.2)
     ),
-    "block_tt_factorized": Layer(
-        "block TT, factorized", lambda: tensorized(WIDE, WIDE, "blocktt", "factorized", 16)
-    ),
-    "cp_factorized": Layer(
-        "CP, factorized", lambda: tensorized(WIDE, NARROW, "cp", "factorized", 64)
-    ),
-    "tucker_factorized": Layer(
-        "Tucker, factorized", lambda: tensorized(NARROW, WIDE, "tucker", "factorized", 0.1)
-    ),
+    "block_tt_factorized": Layer("block TT, factorized", lambda: tensorized(WIDE, WIDE, "blocktt", "factorized", 16)),
+    "cp_factorized": Layer("CP, factorized", lambda: tensorized(WIDE, NARROW, "cp", "factorized", 64)),
+    "tucker_factorized": Layer("Tucker, factorized", lambda: tensorized(NARROW, WIDE, "tucker", "factorized", 0.1)),
     "block_tt_reconstructed": Layer(
         "block TT, reconstructed", lambda: tensorized(WIDE, NARROW, "blocktt", "reconstructed", 16)
     ),
-    "cp_reconstructed": Layer(
-        "CP, reconstructed", lambda: tensorized(NARROW, NARROW, "cp", "reconstructed", 32)
-    ),
+    "cp_reconstructed": Layer("CP, reconstructed", lambda: tensorized(NARROW, NARROW, "cp", "reconstructed", 32)),
     "tt_by_hand": Layer("TT by hand, one einsum", lambda: TTLinear(NARROW, NARROW, 16)),
     # Nothing nonlinear between these two: together they are one network.
     "pair": Layer(
@@ -164,9 +151,7 @@ class Digits:
         return Digits(x[kept], y[kept], x[held_out], y[held_out])
 
 
-def train(
-    net: nn.Module, data: Digits, epochs: int = 20, batch: int = 64, rate: float = 0.02
-) -> Iterator[float]:
+def train(net: nn.Module, data: Digits, epochs: int = 20, batch: int = 64, rate: float = 0.02) -> Iterator[float]:
     """Train, yielding the loss of each epoch."""
     net.train()
     steps = len(data.train_x) // batch

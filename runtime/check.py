@@ -14,6 +14,7 @@ import torch
 from tncompile.cost.search import einsum_path
 from tncompile.errors import CheckError, TNCompileError
 from tncompile.frontend.importer import TracedModel, source_of
+from tncompile.frontend.mapped import release_pages
 from tncompile.ir import Array, Value, dims
 from tncompile.runtime.session import Session
 
@@ -72,7 +73,8 @@ def check(
     """Compare a session with the float64 evaluation of the traced model.
 
     Runs `examples` (arrays by input name) where given, else random inputs at each of `batches` for a model
-    with a dynamic batch. Other dynamic dimensions take the example's size, then one more.
+    with a dynamic batch. Other dynamic dimensions take the example's size, then one more. A lean session is closed
+    before the reference runs, so that the weights are not in memory twice.
     """
     program = traced.program
     expected = {v.name for v in program.inputs}
@@ -91,12 +93,16 @@ def check(
             label = ", ".join(f"{k}={v}" for k, v in sizes.items()) or f"fixed shapes, {number}"
             # every second run away from zero, where sums and means do not cancel
             runs.append((label, random_inputs(traced, sizes, generator, mean=number % 2)))
-    errors: dict[str, list[tuple[float, float, str]]] = {}
+    answers = []
     for label, feeds in runs:
         try:
-            outputs = session.run(feeds)
+            answers.append(session.run(feeds))
         except Exception as error:
             raise CheckError(f"ONNX Runtime fails at {label}: {str(error).splitlines()[0]}") from error
+    if session.lean:
+        session.close()
+    errors: dict[str, list[tuple[float, float, str]]] = {}
+    for (label, feeds), outputs in zip(runs, answers, strict=True):
         reference = run_traced(traced, feeds, torch.float64)
         eager = run_traced(traced, feeds, None)
         if label == runs[0][0]:
@@ -258,7 +264,7 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            outputs = interpreter.run(*(interpreter.cast(a) for a in args))
+            outputs = interpreter.run(*args)
         except Exception as error:
             raise TNCompileError(
                 f"the traced model itself cannot run on these inputs: {str(error).splitlines()[0]}; "
@@ -267,14 +273,28 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
     return [o.detach().numpy() for o in outputs]
 
 
+_LARGE = 1 << 24  # bytes of a node's tensors
+_aten = torch.ops.aten
+_MOVES = {
+    *(_aten.embedding.default, _aten.index_select.default, _aten.gather.default, _aten.slice.Tensor),
+    *(_aten.select.int, _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.unsqueeze.default),
+    *(_aten.squeeze.dim, _aten.expand.default, _aten.detach.default, _aten.alias.default),
+}
+"""What moves numbers and computes none: the same in any dtype, and a large table is not widened for a few rows."""
+
+
 class _Reference(torch.fx.Interpreter):
-    """Runs a graph with every floating tensor, and every floating dtype it names, widened."""
+    """Runs a graph with every floating tensor, and every floating dtype it names, widened.
+
+    A weight is widened where it is used and for as long; what only moves its numbers comes before that.
+    """
 
     def __init__(self, module: torch.fx.GraphModule, dtype: torch.dtype | None) -> None:
         super().__init__(module)
         self.dtype = dtype
 
     def cast(self, value: Any) -> Any:
+        """A floating tensor or dtype, widened; anything else as it is."""
         if self.dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         if self.dtype is not None and isinstance(value, torch.dtype) and value.is_floating_point:
@@ -284,6 +304,9 @@ class _Reference(torch.fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if "_assert_tensor_metadata" in str(target):
             return None
+        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        if target in _MOVES:
+            return super().call_function(target, args, kwargs)
         args, kwargs = torch.utils._pytree.tree_map(self.cast, (args, kwargs))
         if target is torch.ops.aten.einsum.default and not kwargs:
             # left to right, as torch runs it without a path, some networks need hundreds of gigabytes
@@ -291,4 +314,10 @@ class _Reference(torch.fx.Interpreter):
         if target is torch.ops.aten.view.default:  # another path leaves other strides
             target = torch.ops.aten.reshape.default
         # constants made inside the graph (full, arange) take torch's default dtype
-        return torch.utils._pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
+        result = torch.utils._pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
+        if sum(t.nbytes for t in tensors) > _LARGE:
+            release_pages()
+        return result
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return torch.utils._pytree.tree_map(self.cast, super().output(target, args, kwargs))

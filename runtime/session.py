@@ -40,7 +40,8 @@ class Session:
 
     `model` is a path or the bytes of a model; `threads` the size of its thread pool, one a core where it is 0; `trace`
     the beginning of the name of a file for ONNX Runtime's profile; `optimized_path` where to write the model as it is
-    run, with all that ONNX Runtime fused. LoadError where ONNX Runtime does not accept it.
+    run, with all that ONNX Runtime fused. Without `prepack` weights are not copied into the order that its kernels like
+    best, which is slower but takes no more memory than the file. LoadError where ONNX Runtime does not accept it.
     """
 
     def __init__(
@@ -51,12 +52,16 @@ class Session:
         threads: int = 0,
         trace: str = "",
         optimized_path: Path | None = None,
+        prepack: bool = True,
     ):
         import onnxruntime as ort
 
+        self.lean = not prepack
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if trace:
             options.enable_profiling = True
             options.profile_file_prefix = trace
@@ -68,6 +73,11 @@ class Session:
         except Exception as error:  # onnxruntime's own exceptions have no common base
             what = "the model" if isinstance(model, bytes) else str(Path(model))
             raise LoadError(f"{what}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can run."""
+        return self._session is not None
 
     @property
     def inputs(self) -> dict[str, tuple[str, list[Any]]]:
@@ -135,6 +145,10 @@ class Session:
         for name in self.outputs:
             binding.bind_output(name, device)
         return functools.partial(self._session.run_with_iobinding, binding)
+
+    def close(self) -> None:
+        """Give the model's memory back; the session cannot run any more."""
+        self._session = None
 
     def end_trace(self) -> Path:
         """Stop profiling; the file that has the profile."""

@@ -48,7 +48,9 @@ def _each(times: Iterable[tuple[int, float, float]]) -> str:
     return ", ".join(f"{ours:.3g} ms for {other:.3g} at batch {batch}" for batch, ours, other in times)
 
 
-def settle(ours: bytes, traced: TracedModel, batches: Sequence[int], seconds: float, device: str = "cpu") -> Settled:
+def settle(
+    ours: bytes | Path, traced: TracedModel, batches: Sequence[int], seconds: float, device: str = "cpu"
+) -> Settled:
     """Race the two files at each batch size, for so many seconds in all."""
     generator = np.random.default_rng(0)
     symbolic = "batch" in traced.sizes
