@@ -20,6 +20,7 @@ from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.load import load_exported
+from tncompile.frontend.mapped import release_pages
 from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
 from tncompile.ir import Array, Opaque, Program, Switch
@@ -247,13 +248,14 @@ def planning_context(
 
 
 class _Watch:
-    """Notes the time since its last call."""
+    """Notes the time since its last call, at the end of a stage."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds = seconds
         self.last = time.perf_counter()
 
     def __call__(self, stage: str) -> None:
+        release_pages()  # what a stage has read of mapped weights, the next may not need
         now = time.perf_counter()
         self.seconds[stage] = now - self.last
         self.last = now
@@ -275,6 +277,7 @@ def run_passes(
     def note(name: str, program: Program) -> None:
         stages.pop(name, None)
         stages[name] = program
+        release_pages()
         progress(f"{name}: {len(program.networks)} networks")
 
     _, reports = Pipeline(passes, scheduled).run(traced.program, context, note)

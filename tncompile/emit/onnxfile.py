@@ -12,6 +12,7 @@ import onnx_ir
 from onnx_ir.passes import common as onnx_passes
 
 from tncompile.errors import TNCompileError, VerificationError
+from tncompile.frontend.mapped import release_pages
 
 EXTERNAL_FROM = 1_500_000_000
 """Bytes of weights from which on they go to a file of their own: one protobuf message holds at most 2 GB."""
@@ -71,6 +72,7 @@ class OnnxFile:
         for offset, tensor in self.weights:
             file.write(b"\0" * (offset - file.tell()))
             file.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
+            release_pages()
 
 
 def pack(model: onnx_ir.Model, external: bool = False) -> OnnxFile:
