@@ -61,7 +61,7 @@ class Large(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """``[batch, tokens] -> [batch, width]``."""
-        x = self.embedding(tokens).mean(1)
+        x: torch.Tensor = self.embedding(tokens).mean(1)
         for layer in self.layers:
             x = torch.relu(layer(x))
         return x

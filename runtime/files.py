@@ -102,6 +102,7 @@ def _keep(path: Path, undo: contextlib.ExitStack) -> None:
             os.link(path, backup)
         except OSError:  # a file system without links
             os.rename(path, backup)
+        undo.callback(backup.unlink, missing_ok=True)  # where both are one file, a rename leaves both names
         undo.callback(os.replace, backup, path)
     else:
         undo.callback(path.unlink, missing_ok=True)
