@@ -270,7 +270,7 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
                 f"the traced model itself cannot run on these inputs: {str(error).splitlines()[0]}; "
                 "give some that it can with --example inputs.npz"
             ) from error
-    return [o.detach().numpy() for o in outputs]
+    return [o.detach().numpy() if isinstance(o, torch.Tensor) else np.asarray(o) for o in outputs if o is not None]
 
 
 _LARGE = 1 << 24  # bytes of a node's tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ class Session:
             self._session = ort.InferenceSession(source, options, providers=list(providers))
         except Exception as error:  # onnxruntime's own exceptions have no common base
             what = "the model" if isinstance(model, bytes) else str(Path(model))
+            if found := re.search(r"Could not find an implementation for (\w+)", str(error)):
+                raise LoadError(
+                    f"{what}: ONNX Runtime has no {found[1]} for this dtype on {providers[0]}; most often the model is "
+                    "in float64: convert it with model.float()"
+                ) from error
             raise LoadError(f"{what}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
 
     @property

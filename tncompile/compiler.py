@@ -215,6 +215,7 @@ def compile_exported(
         seconds=seconds,
         model=model,
         size=file.file.size,
+        notes=traced.notes,
         storage=file.storage,
         views=views,
         opaque=sum(isinstance(n, Opaque) and n.output.dtype != "scalar" for n in program.nodes),

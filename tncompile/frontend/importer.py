@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import operator
 import re
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from tncompile.errors import SourceRef, UnsupportedError
+from tncompile.frontend.adapt import adapted
 from tncompile.frontend.multilinear import Equation, NotMultilinear, Product, Reshape, operator_name, translate
-from tncompile.frontend.trace import whole_einsums
 from tncompile.ir import dims
 from tncompile.ir.core import (
     NETWORK_DTYPES,
@@ -36,7 +35,7 @@ from tncompile.ir.core import (
 from tncompile.ir.edit import CannotEdit, fresh, refine, substitute, unique_cores
 
 _DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in NETWORK_DTYPES}
-_REFUSED = {torch.bfloat16, torch.complex32, torch.complex64, torch.complex128}
+_REFUSED = {torch.complex32, torch.complex64, torch.complex128}
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,19 @@ class TracedModel:
     """A model as it came in: the functional torch.export graph, and the program imported from it.
 
     `exported` is the reference that a compiled model is checked against, and what the opaque nodes are
-    lowered from. `sizes` has the example's size of every symbolic dimension.
+    lowered from. `sizes` has the example's size of every symbolic dimension. `notes` say what is not as in the model.
     """
 
     exported: torch.export.ExportedProgram
     program: Program
     sizes: Mapping[str, int]
     symbols: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
     """Import an exported program. UnsupportedError where the model cannot be compiled."""
-    with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        functional = exported.run_decompositions({})
+    functional, notes = adapted(exported)
     signature = functional.graph_signature  # before, a write is an operation like any other
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
         names = [*signature.buffers_to_mutate.values()]
@@ -65,7 +63,7 @@ def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
             f"the model writes to {', '.join(names) or 'an input'} when it runs; "
             "export it in inference mode (model.eval()), with state as inputs and outputs"
         )
-    return _Importer(functional).run()
+    return replace(_Importer(functional).run(), notes=notes)
 
 
 class _Importer:
@@ -357,6 +355,16 @@ class _Importer:
         outputs = []
         defined = {v.name for v in self.inputs} | {n.value.name for n in self.nodes}
         for public, spec in zip(names, specs, strict=True):
+            constant = getattr(spec.arg, "value", None) if isinstance(spec.arg, ConstantArgument) else None
+            if isinstance(constant, (bool, int, float)):
+                name = fresh(f"{public}_value", {*self.reserved, *self.weights})
+                self.weights[name] = np.asarray(constant)
+                self.weight_of[name] = name
+                self.nodes.append(self._constant_output(name))
+                outputs.append((public, self.nodes[-1].value.name))
+                continue
+            if isinstance(spec.arg, ConstantArgument) and constant is None:
+                continue  # a model may return None for what it was not asked for
             if spec.kind != OutputKind.USER_OUTPUT or not isinstance(spec.arg, TensorArgument):
                 raise UnsupportedError(f"output {public!r} of the model is not a tensor")
             name = spec.arg.name
@@ -406,12 +414,32 @@ def _labelled(equation: Equation, shape_of: Any) -> list[tuple[Any, dims.Dim]]:
 
 
 def output_names(exported: torch.export.ExportedProgram) -> list[str]:
-    """The model's own names: the keys of a returned dict, else ``output`` or ``output_0``, ``output_1``."""
+    """The model's own names: the keys of a returned dict or fields of a class, joined by dots where they are nested,
+    else ``output`` or ``output_0``, ``output_1``."""
     specs = exported.graph_signature.output_specs
     spec = exported.call_spec.out_spec
-    if spec is not None and spec.type is dict and spec.num_leaves == len(specs) == spec.num_children:
-        return [str(key) for key in spec.context]
+    names = _paths(spec) if spec is not None and _keys(spec) else []
+    if len(specs) == len(names) == len({*names}):
+        return names
     return ["output"] if len(specs) == 1 else [f"output_{k}" for k in range(len(specs))]
+
+
+def _paths(spec: Any) -> list[str]:
+    """Where each leaf is: ``hidden``, ``states.0``, ``parts.left``."""
+    if spec.is_leaf():
+        return [""]
+    keys = _keys(spec) or [str(k) for k in range(spec.num_children)]
+    below = zip(keys, spec.children(), strict=True)
+    return [f"{key}.{path}".rstrip(".") for key, child in below for path in _paths(child)]
+
+
+def _keys(spec: Any) -> list[str]:
+    """Names of the children: a dict's keys, a namedtuple's fields, those of classes that say them (ModelOutput)."""
+    found = getattr(spec.context, "_fields", spec.context)
+    if isinstance(found, (list, tuple)) and len(found) == 2 and isinstance(found[0], list):
+        found = found[0]  # of a registered dataclass: the fields that are set, and those that are None
+    named = isinstance(found, (list, tuple)) and len(found) == spec.num_children
+    return [str(key) for key in found] if named and spec.num_children else []
 
 
 def layer_of(node: torch.fx.Node) -> str:
