@@ -15,6 +15,7 @@ from tncompile.cost.search import einsum_path
 from tncompile.errors import CheckError, TNCompileError
 from tncompile.frontend.importer import TracedModel, source_of
 from tncompile.frontend.mapped import release_pages
+from tncompile.frontend.pairs import is_complex
 from tncompile.ir import Array, Value, dims
 from tncompile.runtime.session import Session
 
@@ -252,12 +253,14 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
 
     The graph is the one that torch.export gave, before any of our passes: an independent reference.
     """
-    exported = traced.exported
+    exported = traced.reference
+    complex_inputs = {n.name for n in exported.graph.nodes if n.op == "placeholder" and is_complex(n)}
     interpreter = _Reference(exported.graph_module, dtype)
     args: list[Any] = []
     for spec in exported.graph_signature.input_specs:
         if spec.kind.name == "USER_INPUT":
-            args.append(torch.from_numpy(np.array(feeds[spec.arg.name])) if spec.arg.name in feeds else None)
+            given = torch.from_numpy(np.array(feeds[spec.arg.name])) if spec.arg.name in feeds else None
+            args.append(given if given is None or spec.arg.name not in complex_inputs else torch.view_as_complex(given))
         else:
             store = exported.state_dict if spec.target in exported.state_dict else exported.constants
             args.append(store[spec.target].detach())
@@ -270,7 +273,14 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
                 f"the traced model itself cannot run on these inputs: {str(error).splitlines()[0]}; "
                 "give some that it can with --example inputs.npz"
             ) from error
-    return [o.detach().numpy() if isinstance(o, torch.Tensor) else np.asarray(o) for o in outputs if o is not None]
+    return [_shown(output) for output in outputs if output is not None]
+
+
+def _shown(output: Any) -> Array:
+    if not isinstance(output, torch.Tensor):
+        return np.asarray(output)
+    real = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
+    return real.detach().numpy()
 
 
 _LARGE = 1 << 24  # bytes of a node's tensors
@@ -295,6 +305,10 @@ class _Reference(torch.fx.Interpreter):
 
     def cast(self, value: Any) -> Any:
         """A floating tensor or dtype, widened; anything else as it is."""
+        if self.dtype is not None and isinstance(value, torch.Tensor) and value.is_complex():
+            return value.to(self.dtype.to_complex())
+        if self.dtype is not None and isinstance(value, torch.dtype) and value.is_complex:
+            return self.dtype.to_complex()
         if self.dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         if self.dtype is not None and isinstance(value, torch.dtype) and value.is_floating_point:

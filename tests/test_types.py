@@ -226,3 +226,72 @@ def test_float64(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
 def test_what_has_no_kernel_in_float64_says_so() -> None:
     with pytest.raises(LoadError, match=r"has no Erf for this dtype on CPUExecutionProvider.*model\.float\(\)"):
         tncompile.compile(nn.Sequential(linear(), nn.GELU()).double(), (X.double(),))
+
+
+# ------------------------------------------------------------------------ complex numbers
+
+
+def complex_of(*shape: int, dtype: torch.dtype = torch.complex64) -> nn.Parameter:
+    torch.manual_seed(sum(shape))
+    return nn.Parameter(torch.randn(shape, dtype=dtype) / 2)
+
+
+def rotated(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Rotary positions as Llama's own code has them."""
+    turn = torch.polar(torch.ones_like(m.angles), m.angles)
+    pairs = torch.view_as_complex(m.l(x).reshape(x.shape[0], -1, 4, 2))
+    return torch.view_as_real(pairs * turn).flatten(2)
+
+
+def born(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A complex matrix product state and the square of its amplitude."""
+    z = x.to(torch.complex64)
+    psi = torch.einsum("zi,ir,rjk,zj->zk", z, m.p, m.q, z)
+    return (psi * psi.conj()).real / 7 + psi.abs()
+
+
+COMPLEX: dict[str, tuple[Callable[..., Any], dict[str, Any], torch.Tensor]] = {
+    "born": (born, {"p": complex_of(8, 3), "q": complex_of(3, 8, 4)}, X),
+    "rotary": (rotated, {"l": linear(), "angles": torch.linspace(0, 3, 12).reshape(3, 4)}, torch.randn(4, 3, 8)),
+    "filter": (
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x, norm="ortho") * m.w, n=8, norm="ortho"),
+        {"w": complex_of(5)},
+        X,
+    ),
+    "spectrum": (lambda m, x: torch.fft.ifft(torch.fft.fft(x)[:, 1:] @ m.w).imag, {"w": complex_of(7, 6)}, X),
+    "layers": (
+        lambda m, x: (
+            torch.stack([nn.functional.linear(torch.complex(x, x + 1), m.w, m.b), m.c * 2 - x], 1)
+            .permute(0, -1, 1)
+            .sum(-1)
+            .abs()
+        ),
+        {"w": complex_of(8, 8), "b": complex_of(8), "c": complex_of(1, 8)},
+        X,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPLEX)
+def test_complex_numbers_inside(case: str) -> None:
+    function, parts, x = COMPLEX[case]
+    compiled = assert_same(Model(function, **parts), (x,))
+    assert not compiled.report.notes
+    assert compiled.traced.reference is not compiled.traced.exported  # checked against the complex graph
+
+
+def test_complex_inputs_and_outputs_are_pairs() -> None:
+    model = Model(lambda m, z: z @ m.p, p=complex_of(8, 3))
+    z = torch.randn(4, 8, dtype=torch.complex64)
+    compiled = tncompile.compile(model, (z,))
+    assert "real and imaginary part" in str(compiled.report)
+    found = compiled.run(torch.view_as_real(z))
+    expected = torch.view_as_real(model(z)).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert len(compiled.program.networks) == len(compiled.program.nodes) == 1
+
+
+@pytest.mark.parametrize("function", [lambda m, x: torch.fft.fft(x, dim=0).abs(), lambda m, x: (x * m.p).tanh().abs()])
+def test_what_has_no_rule_is_named(function: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"aten\.(fft_fft|tanh)\.default on complex numbers is not supported"):
+        tncompile.compile(Model(function, p=complex_of(8)), (X,))

@@ -1,39 +1,66 @@
 """What a traced graph is given before it is imported, so that ONNX Runtime has a kernel for all of it.
 
 bfloat16 becomes float32, exactly: ONNX Runtime's CPU computes nothing in bfloat16. In float64, attention and group
-norm are written out: the one would take a scale that was rounded to float32, the other has no kernel.
+norm are written out: the one would take a scale that was rounded to float32, the other has no kernel. Complex tensors
+become real ones (`tncompile.frontend.pairs`).
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.export.graph_signature import InputKind
 
+from tncompile.frontend.pairs import as_pairs, is_complex
 from tncompile.frontend.trace import whole_einsums
 
 _aten = torch.ops.aten
 WIDENED = (
     "computed in float32, as ONNX Runtime has no bfloat16 on a CPU; inputs and outputs that were bfloat16 are float32"
 )
+PAIRS = "complex inputs and outputs have an axis of 2 at the end, real and imaginary part, as torch.view_as_real has it"
 
 
-def adapted(exported: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    """The functional graph of a program, with what was changed in it that its user should know."""
+@dataclass(frozen=True)
+class Adapted:
+    """A functional graph to import, what its user should know of it, and the graph that it computes the same as.
+
+    `reference` is None where that is the graph itself.
+    """
+
+    exported: torch.export.ExportedProgram
+    notes: tuple[str, ...] = ()
+    reference: torch.export.ExportedProgram | None = None
+
+
+def adapted(exported: torch.export.ExportedProgram) -> Adapted:
+    """The functional graph of a program, changed where ONNX Runtime would not compute it as it is."""
+    functional = _functional(exported)
+    nodes = functional.graph.nodes
+    if any(_is(n, torch.float64) for n in nodes):
+        written_out = {
+            _aten.scaled_dot_product_attention.default: _attention,
+            _aten.group_norm.default: _group_norm,
+        }
+        functional = _functional(functional, written_out)
+    if any(map(is_complex, nodes)):
+        users = {s.arg.name for s in functional.graph_signature.input_specs if s.kind == InputKind.USER_INPUT}
+        shown = [n for n in nodes if n.name in users] + functional.graph.output_node().all_input_nodes
+        notes = (PAIRS,) if any(map(is_complex, shown)) else ()
+        return Adapted(as_pairs(functional), notes, _functional(exported))
+    if any(_is(n, torch.bfloat16) for n in nodes):
+        return Adapted(_widened(functional), (WIDENED,))
+    return Adapted(functional)
+
+
+def _functional(exported: torch.export.ExportedProgram, table: Any = None) -> torch.export.ExportedProgram:
     with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
         warnings.simplefilter("ignore")
-        functional = exported.run_decompositions({})
-        if any(_is(n, torch.float64) for n in functional.graph.nodes):
-            functional = functional.run_decompositions(
-                {
-                    _aten.scaled_dot_product_attention.default: _attention,
-                    _aten.group_norm.default: _group_norm,
-                }
-            )
-    if any(_is(n, torch.bfloat16) for n in functional.graph.nodes):
-        return _widened(functional), (WIDENED,)
-    return functional, ()
+        functional: torch.export.ExportedProgram = exported.run_decompositions(table or {})
+        return functional
 
 
 def _is(node: torch.fx.Node, dtype: torch.dtype) -> bool:

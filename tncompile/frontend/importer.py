@@ -42,8 +42,9 @@ _REFUSED = {torch.complex32, torch.complex64, torch.complex128}
 class TracedModel:
     """A model as it came in: the functional torch.export graph, and the program imported from it.
 
-    `exported` is the reference that a compiled model is checked against, and what the opaque nodes are
-    lowered from. `sizes` has the example's size of every symbolic dimension. `notes` say what is not as in the model.
+    `exported` is what the opaque nodes are lowered from, and the reference that a compiled model is checked against,
+    but where complex numbers became pairs of real ones: then that is `computes`, the graph as it was. `sizes` has the
+    example's size of every symbolic dimension. `notes` say what is not as in the model.
     """
 
     exported: torch.export.ExportedProgram
@@ -51,11 +52,18 @@ class TracedModel:
     sizes: Mapping[str, int]
     symbols: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    computes: torch.export.ExportedProgram | None = None
+
+    @property
+    def reference(self) -> torch.export.ExportedProgram:
+        """What a compiled model is checked against."""
+        return self.exported if self.computes is None else self.computes
 
 
 def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
     """Import an exported program. UnsupportedError where the model cannot be compiled."""
-    functional, notes = adapted(exported)
+    adaptation = adapted(exported)
+    functional = adaptation.exported
     signature = functional.graph_signature  # before, a write is an operation like any other
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
         names = [*signature.buffers_to_mutate.values()]
@@ -63,7 +71,7 @@ def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
             f"the model writes to {', '.join(names) or 'an input'} when it runs; "
             "export it in inference mode (model.eval()), with state as inputs and outputs"
         )
-    return replace(_Importer(functional).run(), notes=notes)
+    return replace(_Importer(functional).run(), notes=adaptation.notes, computes=adaptation.reference)
 
 
 class _Importer:
