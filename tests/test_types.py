@@ -50,11 +50,9 @@ def assert_same(model: nn.Module, inputs: tuple[Any, ...], tolerance: float = 1e
         leaves = [x for x in torch.utils._pytree.tree_leaves(model(*inputs)) if x is not None]
     assert len(leaves) == len(found)
     for leaf, array in zip(leaves, found, strict=True):
-        wide = (
-            leaf.float() if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bfloat16 else torch.as_tensor(leaf)
-        )
+        wide = torch.as_tensor(leaf).detach().double()
         assert tuple(array.shape) == tuple(wide.shape)
-        np.testing.assert_allclose(array.astype(np.float64), wide.double().numpy(), atol=tolerance, rtol=tolerance)
+        np.testing.assert_allclose(array.astype(np.float64), wide.numpy(), atol=tolerance, rtol=tolerance)
     return compiled
 
 
