@@ -16,7 +16,7 @@ import tncompile
 from tests.helpers import assert_exact, assert_plain, evaluate_program, feeds_for, program_of, session_of
 from tncompile import compiler
 from tncompile.emit.file import Written, write
-from tncompile.emit.onnxfile import pack
+from tncompile.emit.onnxfile import OnnxFile, pack
 from tncompile.emit.program import to_onnx
 from tncompile.emit.store import affordable, choices, store_as_cores
 from tncompile.errors import TNCompileError
@@ -205,7 +205,7 @@ def test_a_compile_reports_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
         model = onnx.load_model_from_string(file.data)
         part = next(i for i in model.graph.initializer if i.name == "a")
         part.raw_data = (onnx.numpy_helper.to_array(part) * np.float32(1.01)).tobytes()
-        return replace(file, data=model.SerializeToString())
+        return replace(file, file=OnnxFile(model.SerializeToString()))
 
     monkeypatch.setattr(compiler, "write", inexact)
     compiled = tncompile.compile(Layer().eval(), (x,), batch=256)
