@@ -524,11 +524,6 @@ def test_a_model_that_writes_its_buffers_is_refused() -> None:
     import_exported(trace(model.eval(), (torch.randn(4, 6),)))
 
 
-def test_dtypes_that_are_not_supported_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"dtype float8_e4m3fn, which is not supported"):
-        import_exported(trace(Function(lambda x: x.to(torch.float8_e4m3fn).float()), (torch.ones(4, 6),)))
-
-
 def test_a_model_that_cannot_be_traced_is_refused_with_its_name() -> None:
     module = Function(lambda x: x if float(x.sum()) > 0 else -x)
     with pytest.raises(UnsupportedError, match=r"torch\.export cannot trace Function: "):
