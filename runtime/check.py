@@ -14,8 +14,10 @@ import torch
 from tncompile.cost.search import einsum_path
 from tncompile.errors import CheckError, SourceRef, TNCompileError
 from tncompile.frontend.importer import TracedModel, source_of
+from tncompile.frontend.mapped import release_pages
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
+from tncompile.frontend.pairs import is_complex
 from tncompile.ir import Array, Value, dims
 from tncompile.runtime.reference import OnnxReference
 from tncompile.runtime.session import Session
@@ -80,7 +82,8 @@ def check(
     """Compare a session with the float64 evaluation of the model as it came in.
 
     Runs `examples` (arrays by input name) where given, else random inputs at each of `batches` for a model
-    with a dynamic batch. Other dynamic dimensions take the example's size, then one more.
+    with a dynamic batch. Other dynamic dimensions take the example's size, then one more. A lean session is closed
+    before the reference runs, so that the weights are not in memory twice.
     """
     program = traced.program
     expected = {v.name for v in program.inputs}
@@ -99,10 +102,18 @@ def check(
             label = ", ".join(f"{k}={v}" for k, v in sizes.items()) or f"fixed shapes, {number}"
             # every second run away from zero, where sums and means do not cancel
             runs.append((label, random_inputs(traced, sizes, generator, mean=number % 2)))
+    answers: list[Mapping[str, Array] | Exception] = []
+    for _, feeds in runs:
+        try:
+            answers.append(session.run(feeds))
+        except Exception as error:  # whatever ONNX Runtime raises; the original may not run there either
+            answers.append(error)
+    if session.lean:
+        session.close()
     errors: dict[str, list[tuple[float, float, str]]] = {}
     original = OnnxReference(traced) if isinstance(traced, OnnxModel) else _Torch(traced)
     failed: dict[str, TNCompileError] = {}
-    for label, feeds in runs:
+    for (label, feeds), outputs in zip(runs, answers, strict=True):
         try:
             reference, eager = original.run(feeds)
         except TNCompileError as error:
@@ -110,10 +121,8 @@ def check(
                 raise
             failed[label] = error  # a file may claim sizes that it does not take
             continue
-        try:
-            outputs = session.run(feeds)
-        except Exception as error:
-            raise CheckError(f"ONNX Runtime fails at {label}: {str(error).splitlines()[0]}") from error
+        if isinstance(outputs, Exception):
+            raise CheckError(f"ONNX Runtime fails at {label}: {str(outputs).splitlines()[0]}") from outputs
         if not errors:
             _refuse_random(original, feeds, eager)
         if examples and not any(np.any(np.isfinite(wide) & (wide != 0)) for wide in reference):
@@ -268,25 +277,44 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
 
     The graph is the one that torch.export gave, before any of our passes: an independent reference.
     """
-    exported = traced.exported
+    exported = traced.reference
+    complex_inputs = {n.name for n in exported.graph.nodes if n.op == "placeholder" and is_complex(n)}
     interpreter = _Reference(exported.graph_module, dtype)
     args: list[Any] = []
     for spec in exported.graph_signature.input_specs:
         if spec.kind.name == "USER_INPUT":
-            args.append(torch.from_numpy(np.array(feeds[spec.arg.name])) if spec.arg.name in feeds else None)
+            given = torch.from_numpy(np.array(feeds[spec.arg.name])) if spec.arg.name in feeds else None
+            args.append(given if given is None or spec.arg.name not in complex_inputs else torch.view_as_complex(given))
         else:
             store = exported.state_dict if spec.target in exported.state_dict else exported.constants
             args.append(store[spec.target].detach())
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            outputs = interpreter.run(*(interpreter.cast(a) for a in args))
+            outputs = interpreter.run(*args)
         except Exception as error:
             raise TNCompileError(
                 f"the traced model itself cannot run on these inputs: {str(error).splitlines()[0]}; "
                 "give some that it can with --example inputs.npz"
             ) from error
-    return [o.detach().numpy() for o in outputs]
+    return [_shown(output) for output in outputs if output is not None]
+
+
+def _shown(output: Any) -> Array:
+    if not isinstance(output, torch.Tensor):
+        return np.asarray(output)
+    real = torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
+    return real.detach().numpy()
+
+
+_LARGE = 1 << 24  # bytes of a node's tensors
+_aten = torch.ops.aten
+_MOVES = {
+    *(_aten.embedding.default, _aten.index_select.default, _aten.gather.default, _aten.slice.Tensor),
+    *(_aten.select.int, _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.unsqueeze.default),
+    *(_aten.squeeze.dim, _aten.expand.default, _aten.detach.default, _aten.alias.default),
+}
+"""What moves numbers and computes none: the same in any dtype, and a large table is not widened for a few rows."""
 
 
 class _Torch:
@@ -311,13 +339,21 @@ class _Torch:
 
 
 class _Reference(torch.fx.Interpreter):
-    """Runs a graph with every floating tensor, and every floating dtype it names, widened."""
+    """Runs a graph with every floating tensor, and every floating dtype it names, widened.
+
+    A weight is widened where it is used and for as long; what only moves its numbers comes before that.
+    """
 
     def __init__(self, module: torch.fx.GraphModule, dtype: torch.dtype | None) -> None:
         super().__init__(module)
         self.dtype = dtype
 
     def cast(self, value: Any) -> Any:
+        """A floating tensor or dtype, widened; anything else as it is."""
+        if self.dtype is not None and isinstance(value, torch.Tensor) and value.is_complex():
+            return value.to(self.dtype.to_complex())
+        if self.dtype is not None and isinstance(value, torch.dtype) and value.is_complex:
+            return self.dtype.to_complex()
         if self.dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         if self.dtype is not None and isinstance(value, torch.dtype) and value.is_floating_point:
@@ -327,6 +363,9 @@ class _Reference(torch.fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if "_assert_tensor_metadata" in str(target):
             return None
+        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        if target in _MOVES:
+            return super().call_function(target, args, kwargs)
         args, kwargs = torch.utils._pytree.tree_map(self.cast, (args, kwargs))
         if target is torch.ops.aten.einsum.default and not kwargs:
             # left to right, as torch runs it without a path, some networks need hundreds of gigabytes
@@ -334,4 +373,10 @@ class _Reference(torch.fx.Interpreter):
         if target is torch.ops.aten.view.default:  # another path leaves other strides
             target = torch.ops.aten.reshape.default
         # constants made inside the graph (full, arange) take torch's default dtype
-        return torch.utils._pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
+        result = torch.utils._pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
+        if sum(t.nbytes for t in tensors) > _LARGE:
+            release_pages()
+        return result
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return torch.utils._pytree.tree_map(self.cast, super().output(target, args, kwargs))

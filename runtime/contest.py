@@ -21,6 +21,7 @@ from tncompile.runtime.device import NodeTime, profile, providers, require_on_de
 from tncompile.runtime.probe import Limits, Probe, probe
 from tncompile.runtime.rivals import Bound, Inputs, NotApplicable
 from tncompile.runtime.session import Session
+from tncompile.runtime.stored import data_path
 from tncompile.runtime.timing import ROUNDS, race
 
 OURS, EAGER, COMPILE, EXPORTER, DENSE, NAIVE = "tncompile", "eager", "compile", "exporter", "dense", "naive"
@@ -182,7 +183,7 @@ class Contest:
         except Exception as error:  # an exporter raises whatever it likes
             return Built(time.perf_counter() - start, note=_failure(error))
         seconds = time.perf_counter() - start
-        return Built(seconds, len(onnx.load(path, load_external_data=False).graph.node), path.stat().st_size)
+        return Built(seconds, len(onnx.load(path, load_external_data=False).graph.node), _size(path))
 
     # ------------------------------------------------------------------------------ trying
 
@@ -286,6 +287,12 @@ class Contest:
                 raise NotApplicable(rivals.NO_PYTORCH)
             self._modules[way] = torch.compile(module) if way == COMPILE else module
         return self._modules[way]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a model and of the weights beside it."""
+    data = data_path(path)
+    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
 
 
 def _failure(error: Exception) -> str:

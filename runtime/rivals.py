@@ -19,6 +19,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from tncompile.cost.search import einsum_path
+from tncompile.emit.onnxfile import EXTERNAL_FROM
 from tncompile.errors import TNCompileError
 from tncompile.frontend.trace import whole_einsums
 from tncompile.ir import Array
@@ -112,8 +113,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def export_plain(exported: torch.export.ExportedProgram, path: Path) -> None:
     """Write what one gets without tncompile: torch's own exporter. Whatever that raises is raised."""
+    large = sum(t.nbytes for t in exported.state_dict.values()) > EXTERNAL_FROM
     with whole_einsums(), quiet():
-        torch.onnx.export(exported, (), path, dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(exported, (), path, dynamo=True, external_data=large, verbose=False)
 
 
 def export_pairwise(exported: torch.export.ExportedProgram, path: Path, batch: int) -> None:

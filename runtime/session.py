@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ class Session:
 
     `model` is a path or the bytes of a model; `threads` the size of its thread pool, one a core where it is 0; without
     `optimize` it runs as it is written; `trace` is the beginning of the name of a file for ONNX Runtime's profile;
-    `optimized_path` where to write the model as it is run, with all that ONNX Runtime fused. LoadError where ONNX
-    Runtime does not accept it.
+    `optimized_path` where to write the model as it is run, with all that ONNX Runtime fused. Without `prepack` weights
+    are not copied into the order that its kernels like best, which is slower but takes no more memory than the file.
+    LoadError where ONNX Runtime does not accept it.
     """
 
     def __init__(
@@ -53,14 +55,18 @@ class Session:
         optimize: bool = True,
         trace: str = "",
         optimized_path: Path | None = None,
+        prepack: bool = True,
     ):
         import onnxruntime as ort
 
+        self.lean = not prepack
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if trace:
             options.enable_profiling = True
             options.profile_file_prefix = trace
@@ -71,7 +77,17 @@ class Session:
             self._session = ort.InferenceSession(source, options, providers=list(providers))
         except Exception as error:  # onnxruntime's own exceptions have no common base
             what = "the model" if isinstance(model, bytes) else str(Path(model))
+            if found := re.search(r"Could not find an implementation for (\w+)", str(error)):
+                raise LoadError(
+                    f"{what}: ONNX Runtime has no {found[1]} for this dtype on {providers[0]}; most often the model is "
+                    "in float64: convert it with model.float()"
+                ) from error
             raise LoadError(f"{what}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from error
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can run."""
+        return self._session is not None
 
     @property
     def inputs(self) -> dict[str, tuple[str, list[Any]]]:
@@ -139,6 +155,10 @@ class Session:
         for name in self.outputs:
             binding.bind_output(name, device)
         return functools.partial(self._session.run_with_iobinding, binding)
+
+    def close(self) -> None:
+        """Give the model's memory back; the session cannot run any more."""
+        self._session = None
 
     def end_trace(self) -> Path:
         """Stop profiling; the file that has the profile."""

@@ -58,7 +58,9 @@ def _write_rival(traced: ImportedModel, path: Path) -> None:
         rivals.export_plain(traced.exported, path)
 
 
-def settle(ours: bytes, traced: ImportedModel, batches: Sequence[int], seconds: float, device: str = "cpu") -> Settled:
+def settle(
+    ours: bytes | Path, traced: ImportedModel, batches: Sequence[int], seconds: float, device: str = "cpu"
+) -> Settled:
     """Race the two files at each batch size, for so many seconds in all."""
     rival = "the original file" if isinstance(traced, OnnxModel) else "torch.onnx.export"
     generator = np.random.default_rng(0)

@@ -20,6 +20,7 @@ from tncompile import compiler
 from tncompile.cli import main
 from tncompile.compiler import CompiledModel
 from tncompile.emit.file import Written
+from tncompile.emit.onnxfile import OnnxFile
 from tncompile.errors import CheckError, TNCompileError
 from tncompile.passes import DEFAULT, Context, Pass
 from tncompile.runtime import check as check_module
@@ -218,7 +219,7 @@ def test_a_compile_that_fails_its_check_leaves_the_output(
 
     def wrong(*args: Any) -> Written:
         file = write(*args)
-        return Written(tampered(file.data), file.storage)
+        return Written(OnnxFile(tampered(file.data)), file.storage)
 
     monkeypatch.setattr(compiler, "write", wrong)
     assert main([str(saved), "-o", str(output), "--report", str(report), "-q"]) == 1

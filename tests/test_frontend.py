@@ -521,15 +521,6 @@ def test_a_model_that_writes_its_buffers_is_refused() -> None:
     import_exported(trace(model.eval(), (torch.randn(4, 6),)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
-def test_dtypes_that_are_not_supported_are_refused(dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
-    with pytest.raises(UnsupportedError, match=f"input inputs_0 has dtype {name}"):
-        import_exported(trace(Function(lambda x: x + x), (torch.ones(4, 6, dtype=dtype),)))
-    with pytest.raises(UnsupportedError, match=f"dtype {name}, which is not supported"):
-        import_exported(trace(Function(lambda x: x.to(dtype).abs()), (torch.ones(4, 6),)))
-
-
 def test_a_model_that_cannot_be_traced_is_refused_with_its_name() -> None:
     module = Function(lambda x: x if float(x.sum()) > 0 else -x)
     with pytest.raises(UnsupportedError, match=r"torch\.export cannot trace Function: "):

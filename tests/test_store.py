@@ -15,7 +15,8 @@ import torch
 import tncompile
 from tests.helpers import assert_exact, assert_plain, evaluate_program, feeds_for, program_of, session_of
 from tncompile import compiler
-from tncompile.emit.file import Written, serialize, write
+from tncompile.emit.file import Written, write
+from tncompile.emit.onnxfile import OnnxFile, pack
 from tncompile.emit.program import to_onnx
 from tncompile.emit.store import affordable, choices, store_as_cores
 from tncompile.errors import TNCompileError
@@ -92,7 +93,7 @@ def test_the_sizes_of_both_files_are_exact() -> None:
     assert cores.storage.folded_bytes == folded.storage.folded_bytes == len(folded.data)
     assert cores.storage.cores_bytes == folded.storage.cores_bytes == len(cores.data) < len(folded.data) / 8
     assert auto.data == cores.data and auto.storage.cores == ("a*b",)
-    assert folded.folded is None and cores.folded == folded.data
+    assert folded.folded is None and cores.folded == folded.file
     assert cores.written_out("why").data == folded.data
 
 
@@ -132,9 +133,9 @@ def test_folds_stay_outside_of_branches(tmp_path: Path) -> None:
     graph.remove(matmul, safe=True)
     out.name = "out"
 
-    expected = session_of(serialize(model))
+    expected = session_of(pack(model).data)
     store_as_cores(model, choices(model))
-    data = serialize(model)
+    data = pack(model).data
     after_load = optimized(data, tmp_path).graph
     assert [n.op_type for n in after_load.node] == ["Shape", "Less", "If"]
     inner = [n.op_type for a in after_load.node[-1].attribute for n in a.g.node]
@@ -204,7 +205,7 @@ def test_a_compile_reports_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
         model = onnx.load_model_from_string(file.data)
         part = next(i for i in model.graph.initializer if i.name == "a")
         part.raw_data = (onnx.numpy_helper.to_array(part) * np.float32(1.01)).tobytes()
-        return replace(file, data=model.SerializeToString())
+        return replace(file, file=OnnxFile(model.SerializeToString()))
 
     monkeypatch.setattr(compiler, "write", inexact)
     compiled = tncompile.compile(Layer().eval(), (x,), batch=256)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.load import LoadOptions, load
+from tncompile.frontend.mapped import release_pages
 from tncompile.frontend.model import ImportedModel, LoadedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.trace import trace
@@ -31,6 +33,7 @@ from tncompile.runtime.device import DEVICES
 from tncompile.runtime.files import check_writable, write_file
 from tncompile.runtime.session import Session
 from tncompile.runtime.settle import Settled, settle
+from tncompile.runtime.stored import Stored
 from tncompile.runtime.tuner import Tuner
 
 DEFAULT_BATCH = (1, 32)
@@ -43,12 +46,12 @@ def _no_progress(message: str) -> None:
 
 @dataclass(repr=False)
 class CompiledModel:
-    """A compiled model: the ONNX file's bytes, and everything that led to it.
+    """A compiled model: the ONNX file, and everything that led to it.
 
     `stages` has the program as traced (``"traced"``) and after each pass, by the pass's name.
     """
 
-    onnx: bytes
+    stored: Stored
     program: Program
     report: Report
     traced: ImportedModel
@@ -58,11 +61,19 @@ class CompiledModel:
     def __repr__(self) -> str:
         count = len(self.report.networks)
         checked = f"checked: {self.report.check}" if self.report.check else "not checked"
-        return f"<CompiledModel: {count} network{'s' * (count != 1)}, {len(self.onnx):,} bytes, {checked}>"
+        return f"<CompiledModel: {count} network{'s' * (count != 1)}, {self.stored.file.size:,} bytes, {checked}>"
+
+    @property
+    def onnx(self) -> bytes:
+        """The ONNX file. TNCompileError where its weights are in a file of their own."""
+        return self.stored.file.data
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ONNX file, whole or not at all. OutputError where that cannot be done."""
-        write_file(path, self.onnx)
+        """Write the ONNX file, and beside it ``PATH.data`` where its weights are in a file of their own.
+
+        Both whole or neither; OutputError where that cannot be done.
+        """
+        self.stored.save(path)
 
     def run(self, *inputs: Any, **named: Any) -> Any:
         """Run in ONNX Runtime on torch tensors or arrays, in the order or by the names of the model's inputs.
@@ -70,7 +81,7 @@ class CompiledModel:
         Returns the output as an array, or a dict of arrays by output name where there are several.
         """
         if self._session is None:
-            self._session = Session(self.onnx)
+            self._session = Session(self.stored.source)
         names = [v.name for v in self.program.inputs]
         if len(inputs) > len(names) or {*named} - {*names[len(inputs) :]}:
             raise TNCompileError(f"the model's inputs are {', '.join(names)}")
@@ -151,6 +162,8 @@ def compile_exported(
     sizes: Mapping[str, int] | None = None,
     passes: Sequence[Pass] = DEFAULT,
     store: Store = "auto",
+    external_data: bool = False,
+    folder: Path | None = None,
     max_memory: int | None = None,
     check: bool = True,
     examples: Sequence[Mapping[str, Array]] = (),
@@ -165,7 +178,9 @@ def compile_exported(
 
     `batch`: the batch sizes to plan for. `sizes`: typical sizes of other dynamic dimensions, by name. `store`: keep
     folded layers as ``"cores"`` in the file or write them ``"folded"``; ``"auto"`` takes the smaller unless loading
-    would take too long. `max_memory`: bytes that the operands and intermediates of a network may take at once, at the
+    would take too long. `external_data`: weights go to a file of their own, as they do in any case where one ONNX file
+    could not hold them; until it is saved that is kept in `folder` (the system's own place for temporary files where it
+    is None). `max_memory`: bytes that the operands and intermediates of a network may take at once, at the
     batch sizes planned for (TNCompileError where that cannot be done). `profile`: of the device to plan for, or as in
     `tncompile.cost.devices.choose`. `device`: ``"cpu"`` or ``"cuda"``. `tune`: seconds to time candidates on this
     machine for, instead of trusting predictions (TNCompileError where ONNX Runtime cannot use the device). `check`: run
@@ -188,16 +203,17 @@ def compile_exported(
     program = list(stages.values())[-1]
     watch("passes")
     progress("writing ONNX")
-    file = write(program, traced, store)
+    file = write(program, traced, store, external_data)
+    stored = Stored(file.file, folder)
     watch("emit")
     settled: Settled | None = None
     if tune is not None and max_memory is None:  # the exporter's file keeps to no limit
         progress("timing it against what there is without it")
-        settled = settle(file.data, traced, batches, tune / 4, device)
+        settled = settle(stored.source, traced, batches, tune / 4, device)
         if settled.exported is not None:
             theirs = adopt(settled.exported, traced)
             if _passes_check(theirs.data, traced, batches, examples):
-                file = theirs
+                file, stored = theirs, Stored(theirs.file, folder)
             else:
                 settled = replace(settled, exported=None, note="its file is faster, but not as exact as it must be")
         watch("settle")
@@ -205,12 +221,11 @@ def compile_exported(
     session: Session | None = None
     if check:
         progress("checking the numbers")
-        session = Session(file.data)
-        result = check_session(session, traced, batches, examples, _in_every_range(program))
+        result, session = _checked(stored, traced, batches, examples, program)
         if not result.passed and file.folded is not None:
             file = file.written_out("folding the cores in float32 at load is not as exact as it must be")
-            session = Session(file.data)
-            result = check_session(session, traced, batches, examples, _in_every_range(program))
+            stored = Stored(file.file, folder)
+            result, session = _checked(stored, traced, batches, examples, program)
         watch("check")
     composed = stages.get("fold", traced.program)  # the last with cores as they were
     networks, views = summarize(composed, program, reports, context, file.storage.cores)
@@ -220,7 +235,8 @@ def compile_exported(
         check=result,
         seconds=seconds,
         model=model,
-        size=len(file.data),
+        size=file.file.size,
+        notes=traced.notes,
         storage=file.storage,
         views=views,
         opaque=sum(isinstance(n, Opaque) and n.output.dtype != "scalar" for n in program.nodes),
@@ -234,7 +250,7 @@ def compile_exported(
     )
     if result is not None and not result.passed:
         raise CheckError(f"the compiled model is not as exact as it must be: {result}")
-    return CompiledModel(file.data, program, report, traced, stages, session)
+    return CompiledModel(stored, program, report, traced, stages, session)
 
 
 def planning_context(
@@ -255,13 +271,14 @@ def planning_context(
 
 
 class _Watch:
-    """Notes the time since its last call."""
+    """Notes the time since its last call, at the end of a stage."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds = seconds
         self.last = time.perf_counter()
 
     def __call__(self, stage: str) -> None:
+        release_pages()  # what a stage has read of mapped weights, the next may not need
         now = time.perf_counter()
         self.seconds[stage] = now - self.last
         self.last = now
@@ -283,6 +300,7 @@ def run_passes(
     def note(name: str, program: Program) -> None:
         stages.pop(name, None)
         stages[name] = program
+        release_pages()
         progress(f"{name}: {len(program.networks)} networks")
 
     _, reports = Pipeline(passes, scheduled).run(traced.program, context, note)
@@ -299,6 +317,19 @@ def check_session(
     """Check at batch sizes that show a fixed batch or a mixed-up mode, none over 64, and at those in `also`."""
     small = tuple(dict.fromkeys([*(min(b, 64) for b in batches), 3, *also]))
     return check(session, traced, small, examples)
+
+
+def _checked(
+    stored: Stored,
+    traced: ImportedModel,
+    batches: Sequence[int],
+    examples: Sequence[Mapping[str, Array]],
+    program: Program,
+) -> tuple[CheckReport, Session | None]:
+    """Check a written model, and the session where that is still open: weights in a file are not kept in memory."""
+    session = stored.session()
+    result = check_session(session, traced, batches, examples, _in_every_range(program))
+    return result, session if session.is_open else None
 
 
 def _in_every_range(program: Program) -> list[int]:

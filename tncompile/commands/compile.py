@@ -58,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
         "out; auto: the smaller, unless loading would take over 0.5 s longer",
     )
     result.add_argument(
+        "--external-data",
+        action="store_true",
+        help="write the weights to OUT.data beside OUT, as is done in any case where one file cannot hold them",
+    )
+    result.add_argument(
         "--tune",
         nargs="?",
         const=30.0,
@@ -88,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         progress(f"loading {model}")
         files = _files(output, _compiled(options, progress))
         for path, compiled in files.items():
-            write_file(path, compiled.onnx)
+            compiled.save(path)
         if report is not None:
             records = [{**compiled.report.to_dict(), "output": str(path)} for path, compiled in files.items()]
             text = json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False)
@@ -98,7 +103,8 @@ def run(options: argparse.Namespace) -> int:
         for path, compiled in files.items():
             for part in compiled.report.render():
                 out.print(part)
-            out.print(f"wrote {path}" + (f", report in {report}" if report else ""), highlight=False)
+            data = f" and its weights, {path.name}.data" if compiled.stored.file.external else ""
+            out.print(f"wrote {path}{data}" + (f", report in {report}" if report else ""), highlight=False)
     return 0
 
 
@@ -117,6 +123,8 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
             passes=passes(options) or DEFAULT,
             profile=options.profile,
             store=options.store,
+            external_data=options.external_data,
+            folder=Path(options.output).parent,
             max_memory=options.max_memory,
             device=options.device,
             tune=options.tune,
@@ -130,7 +138,7 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
 
 def _files(output: Path, models: list[CompiledModel]) -> dict[Path, CompiledModel]:
     """Where each model goes: to `output` where all are the same, else to ``OUT.b32.onnx`` for batch 32."""
-    if len({model.onnx for model in models}) == 1:
+    if len({model.stored.file.message for model in models}) == 1:  # it names all cores, plans and sizes
         return {output: models[0]}
     return {output.with_name(f"{output.stem}.b{m.report.batches[0]}{output.suffix}"): m for m in models}
 

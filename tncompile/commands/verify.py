@@ -30,10 +30,10 @@ def run(options: argparse.Namespace) -> int:
     if detect(Path(options.output)) != "ONNX":
         raise LoadError(f"{options.output}: not an ONNX file; give the model first, then the compiled file")
     from tncompile import compiler
-    from tncompile.runtime.session import Session
+    from tncompile.runtime.stored import session_of
 
     traced = compiler.import_file(options.model, loading(options))
-    session = Session(options.output)
+    session = session_of(Path(options.output))
     result = compiler.check_session(session, traced, options.batch, [load_example(path) for path in options.example])
     print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
     for output in result.outputs:

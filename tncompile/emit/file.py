@@ -1,4 +1,4 @@
-"""A scheduled program as the bytes of an ONNX file, with its folded layers written out or as their cores."""
+"""A scheduled program as an ONNX file, with its folded layers written out or as their cores."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import onnx
 import onnx_ir
 
 from tncompile.emit.interface import finish, name_interface
+from tncompile.emit.onnxfile import OnnxFile, pack, packed_size
 from tncompile.emit.program import to_onnx
 from tncompile.emit.store import LOAD_LIMIT, affordable, choices, store_as_cores
-from tncompile.errors import TNCompileError, UnsupportedError, VerificationError
+from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.ir import Program
 
 Store = Literal["auto", "cores", "folded"]
-_LIMIT = 2**31 - 2**20  # what one protobuf message holds
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,16 @@ class Storage:
 
 @dataclass(frozen=True)
 class Written:
-    """A file's bytes. `folded` are those of the file with all layers written out, where that is another file."""
+    """A file, and how it holds folded layers. `folded` is the file with all layers written out, if not the same."""
 
-    data: bytes
+    file: OnnxFile
     storage: Storage
-    folded: bytes | None = None
+    folded: OnnxFile | None = None
+
+    @property
+    def data(self) -> bytes:
+        """The whole file in one message. TNCompileError where its weights are in a file of their own."""
+        return self.file.data
 
     def written_out(self, why: str) -> Written:
         """The file with all layers written out; ValueError where it is that already."""
@@ -58,51 +63,50 @@ class Written:
         return Written(self.folded, replace(self.storage, cores=(), seconds=0.0, why=why))
 
 
-def write(program: Program, traced: ImportedModel, store: Store = "auto") -> Written:
+def write(program: Program, traced: ImportedModel, store: Store = "auto", external_data: bool = False) -> Written:
     """The ONNX file of a scheduled program.
 
     `store`: ``"folded"`` writes folded layers out, ``"cores"`` keeps what they were made of wherever that is smaller,
-    ``"auto"`` does so as far as it adds no more than `LOAD_LIMIT` seconds to the load. UnsupportedError for over
-    2 GB, VerificationError for a file that is not valid ONNX, TNCompileError for another `store`.
+    ``"auto"`` does so as far as it adds no more than `LOAD_LIMIT` seconds to the load. `external_data`: weights go to
+    a file of their own even where one file could hold them. VerificationError for a file that is not valid ONNX,
+    TNCompileError for another `store`.
     """
     if store not in get_args(Store):
         raise TNCompileError(f"store is {', '.join(get_args(Store))}; not {store!r}")
-    size = sum(a.nbytes for a in program.arrays.values())
-    if size > _LIMIT:
-        raise UnsupportedError(f"the compiled model would be {size / 1e9:.1f} GB; an ONNX file holds at most 2 GB")
     model = to_onnx(program, traced)
     strict = not isinstance(traced, OnnxModel)  # a stranger's shapes need not be those that onnx infers
-    folded = data = serialize(model, strict)
+    folded = file = pack(model, external_data, strict)
     found = choices(model)
     chosen = {"folded": [], "cores": found, "auto": affordable(found)}[store]
     if chosen:
         store_as_cores(model, chosen)
-        data = serialize(model, strict)
+        file = pack(model, external_data, strict)
     rest = [c for c in found if c not in chosen]
     if rest:
         store_as_cores(model, rest)
-    smallest = onnx_ir.to_proto(model).ByteSize() if rest else len(data)
+    smallest = packed_size(model, external_data) if rest else file.size
     storage = Storage(
         store,
-        len(folded),
+        folded.size,
         smallest,
         tuple(c.core.name for c in chosen),
         math.fsum(c.seconds for c in chosen),
         math.fsum(c.seconds for c in found),
         _why(store, len(found), len(chosen)),
     )
-    return Written(data, storage, folded if chosen else None)
+    return Written(file, storage, folded if chosen else None)
 
 
 def adopt(exported: bytes, traced: ImportedModel) -> Written:
     """The file that torch's exporter made of the traced model, or the original, with the model's own names and the
     program's text."""
     model = onnx_ir.from_proto(onnx.load_model_from_string(exported))
-    if not isinstance(traced, OnnxModel):
+    original = isinstance(traced, OnnxModel)
+    if not original:
         name_interface(model, traced.program, traced)
-    data = serialize(finish(model, traced.program, traced), strict=not isinstance(traced, OnnxModel))
-    why = "it is the original file" if isinstance(traced, OnnxModel) else "torch's exporter wrote the file"
-    return Written(data, Storage("folded", len(data), len(data), (), 0.0, 0.0, why))
+    file = pack(finish(model, traced.program, traced), strict=not original)
+    why = "it is the original file" if original else "torch's exporter wrote the file"
+    return Written(file, Storage("folded", file.size, file.size, (), 0.0, 0.0, why))
 
 
 def _why(store: Store, found: int, chosen: int) -> str:
@@ -113,18 +117,3 @@ def _why(store: Store, found: int, chosen: int) -> str:
     if chosen == found:
         return f"smaller, and folding takes under {LOAD_LIMIT} s at load"
     return f"{found - chosen} of {found} would add over {LOAD_LIMIT} s to the load"
-
-
-def serialize(model: onnx_ir.Model, strict: bool = True) -> bytes:
-    """A model's bytes, the same for the same model. VerificationError where `onnx.checker` refuses it.
-
-    `strict`: its shapes must be those that onnx infers.
-    """
-    proto = onnx_ir.to_proto(model)
-    try:
-        onnx.checker.check_model(proto, full_check=strict)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise VerificationError(f"the emitted model is not valid ONNX, a fault of tncompile: {reason}") from error
-    data: bytes = proto.SerializeToString(deterministic=True)
-    return data

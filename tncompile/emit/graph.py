@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ class Arranged:
 
 
 _ARRANGED = "tncompile.arranged"
+_LARGE = 1 << 20  # bytes
 
 
 @dataclass
@@ -79,15 +80,38 @@ class Weights:
     def add(self, name: str, array: Array) -> onnx.Value:
         """The initializer that holds this array."""
         array = np.asarray(array, order="C")
+        return self._add(name, array, lambda: onnx.tensor(array, name=name))
+
+    def arranged(self, name: str, array: Array, perm: Sequence[int], shape: Sequence[int]) -> onnx.Value:
+        """The initializer that holds an array transposed, then reshaped.
+
+        A large one is made when it is written, and not kept: all permuted weights at once are a second model.
+        """
+
+        def made() -> Array:
+            return np.ascontiguousarray(array.transpose(perm)).reshape(shape)
+
+        def lazy() -> onnx.TensorProtocol:
+            dtype = onnx.DataType.from_numpy(array.dtype)
+            return onnx.LazyTensor(lambda: onnx.tensor(made()), dtype=dtype, shape=onnx.Shape(shape), name=name)
+
+        first = made()
+        if array.nbytes < _LARGE or np.may_share_memory(first, array):
+            return self._add(name, first, lambda: onnx.tensor(first, name=name))
+        return self._add(name, first, lazy)
+
+    def _add(self, name: str, array: Array, content: Callable[[], onnx.TensorProtocol]) -> onnx.Value:
         key = self._key(array)
         if key not in self.values:
             name = next(n for k in range(len(self.taken) + 1) if (n := f"{name}.{k}" if k else name) not in self.taken)
             self.taken.add(name)
+            value = content()
+            value.name = name
             self.values[key] = onnx.Value(
                 name=name,
                 type=onnx.TensorType(onnx.DataType.from_numpy(array.dtype)),
                 shape=onnx.Shape(array.shape),
-                const_value=onnx.tensor(array, name=name),
+                const_value=value,
             )
         return self.values[key]
 
@@ -97,7 +121,7 @@ class Weights:
 
     @staticmethod
     def _key(array: Array) -> bytes:
-        digest = hashlib.sha256(array.tobytes())
+        digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data)
         digest.update(f"{array.dtype}{array.shape}".encode())
         return digest.digest()
 

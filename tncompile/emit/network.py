@@ -379,9 +379,8 @@ class _Lowering:
         if shared is not None:
             return self.write.arrange(self._laid(side, shared), groups)
         perm = [names.index(n) for n in order]
-        array = np.ascontiguousarray(side.array().transpose(perm)).reshape(shape)
         suffix = "" if perm == sorted(perm) else f"[{' '.join(order)}]"
-        value = self.write.weights.add(side.name + suffix, array)
+        value = self.write.weights.arranged(side.name + suffix, side.array(), perm, shape)
         Arranged(side, groups).note(value)
         return Laid(value, groups)
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import operator
 import re
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from tncompile.errors import SourceRef, UnsupportedError
+from tncompile.frontend.computable import computable
 from tncompile.frontend.equation import NotMultilinear
 from tncompile.frontend.multilinear import operator_name, translate
 from tncompile.frontend.networks import NetworkBuilder, Result, Source
 from tncompile.frontend.sources import innermost_line
-from tncompile.frontend.trace import whole_einsums
 from tncompile.ir import dims
 from tncompile.ir.core import (
     NETWORK_DTYPES,
@@ -35,28 +34,35 @@ from tncompile.ir.core import (
 from tncompile.ir.edit import CannotEdit, fresh, unique_cores
 
 _DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in NETWORK_DTYPES}
-_REFUSED = {torch.bfloat16, torch.complex32, torch.complex64, torch.complex128}
+_REFUSED = {torch.complex32, torch.complex64, torch.complex128}
 
 
 @dataclass(frozen=True)
 class TracedModel:
     """A model as it came in: the functional torch.export graph, and the program imported from it.
 
-    `exported` is the reference that a compiled model is checked against, and what the opaque nodes are
-    lowered from. `sizes` has the example's size of every symbolic dimension.
+    `exported` is what the opaque nodes are lowered from, and the reference that a compiled model is checked against,
+    but where complex numbers became pairs of real ones: then that is `computes`, the graph as it was. `sizes` has the
+    example's size of every symbolic dimension. `notes` say what is not as in the model.
     """
 
     exported: torch.export.ExportedProgram
     program: Program
     sizes: Mapping[str, int]
     symbols: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    computes: torch.export.ExportedProgram | None = None
+
+    @property
+    def reference(self) -> torch.export.ExportedProgram:
+        """What a compiled model is checked against."""
+        return self.exported if self.computes is None else self.computes
 
 
 def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
     """Import an exported program. UnsupportedError where the model cannot be compiled."""
-    with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        functional = exported.run_decompositions(_unrolled(exported))
+    adaptation = computable(exported)
+    functional = adaptation.exported
     signature = functional.graph_signature  # before, a write is an operation like any other
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
         names = [*signature.buffers_to_mutate.values()]
@@ -64,19 +70,7 @@ def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
             f"the model writes to {', '.join(names) or 'an input'} when it runs; "
             "export it in inference mode (model.eval()), with state as inputs and outputs"
         )
-    return _Importer(functional).run()
-
-
-def _unrolled(exported: torch.export.ExportedProgram) -> dict[Any, Any]:
-    """Decompositions of the recurrent layers that are no one ONNX operator, or that torch's exporter would unroll."""
-    aten, known = torch.ops.aten, torch._decomp.decomposition_table
-    found = {aten.rnn_tanh.input, aten.rnn_relu.input}
-    for node in exported.graph_module.graph.nodes:
-        if node.target is aten.lstm.input:
-            _, _, weights, biases, layers, _, _, both_ways, _ = node.args
-            if len(weights) == layers * (1 + both_ways) * (3 + 2 * biases):  # one more: a projection of what comes out
-                found.add(aten.lstm.input)
-    return {operator: known[operator] for operator in found if operator in known}
+    return replace(_Importer(functional).run(), notes=adaptation.notes, computes=adaptation.reference)
 
 
 class _Importer:
@@ -297,6 +291,16 @@ class _Importer:
         outputs = []
         defined = {v.name for v in self.inputs} | {n.value.name for n in self.nodes}
         for public, spec in zip(names, specs, strict=True):
+            constant = getattr(spec.arg, "value", None) if isinstance(spec.arg, ConstantArgument) else None
+            if isinstance(constant, (bool, int, float)):
+                name = fresh(f"{public}_value", {*self.reserved, *self.weights})
+                self.weights[name] = np.asarray(constant)
+                self.weight_of[name] = name
+                self.nodes.append(self._constant_output(name))
+                outputs.append((public, self.nodes[-1].value.name))
+                continue
+            if isinstance(spec.arg, ConstantArgument) and constant is None:
+                continue  # a model may return None for what it was not asked for
             if spec.kind != OutputKind.USER_OUTPUT or not isinstance(spec.arg, TensorArgument):
                 raise UnsupportedError(f"output {public!r} of the model is not a tensor")
             name = spec.arg.name
@@ -324,12 +328,32 @@ def _not_empty(tensor: torch.Tensor) -> bool:
 
 
 def output_names(exported: torch.export.ExportedProgram) -> list[str]:
-    """The model's own names: the keys of a returned dict, else ``output`` or ``output_0``, ``output_1``."""
+    """The model's own names: the keys of a returned dict or fields of a class, joined by dots where they are nested,
+    else ``output`` or ``output_0``, ``output_1``."""
     specs = exported.graph_signature.output_specs
     spec = exported.call_spec.out_spec
-    if spec is not None and spec.type is dict and spec.num_leaves == len(specs) == spec.num_children:
-        return [str(key) for key in spec.context]
+    names = _paths(spec) if spec is not None and _keys(spec) else []
+    if len(specs) == len(names) == len({*names}):
+        return names
     return ["output"] if len(specs) == 1 else [f"output_{k}" for k in range(len(specs))]
+
+
+def _paths(spec: Any) -> list[str]:
+    """Where each leaf is: ``hidden``, ``states.0``, ``parts.left``."""
+    if spec.is_leaf():
+        return [""]
+    keys = _keys(spec) or [str(k) for k in range(spec.num_children)]
+    below = zip(keys, spec.children(), strict=True)
+    return [f"{key}.{path}".rstrip(".") for key, child in below for path in _paths(child)]
+
+
+def _keys(spec: Any) -> list[str]:
+    """Names of the children: a dict's keys, a namedtuple's fields, those of classes that say them (ModelOutput)."""
+    found = getattr(spec.context, "_fields", spec.context)
+    if isinstance(found, (list, tuple)) and len(found) == 2 and isinstance(found[0], list):
+        found = found[0]  # of a registered dataclass: the fields that are set, and those that are None
+    named = isinstance(found, (list, tuple)) and len(found) == spec.num_children
+    return [str(key) for key in found] if named and spec.num_children else []
 
 
 def layer_of(node: torch.fx.Node) -> str:

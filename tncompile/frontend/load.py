@@ -141,7 +141,6 @@ def _traced(module: torch.nn.Module, options: LoadOptions) -> torch.export.Expor
     return trace_on_examples(module.eval(), options.inputs)
 
 
-#: how each kind of file is loaded; all others are refused
 def _onnx(path: Path, options: LoadOptions) -> OnnxModel:
     from tncompile.frontend.onnx.importer import import_onnx
 
@@ -151,6 +150,7 @@ def _onnx(path: Path, options: LoadOptions) -> OnnxModel:
     return import_onnx(path)
 
 
+#: how each kind of file is loaded; all others are refused
 _LOADERS: Mapping[str, Callable[[Path, LoadOptions], LoadedModel]] = {
     "exported program": _exported,
     "ONNX": _onnx,

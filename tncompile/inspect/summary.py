@@ -69,6 +69,7 @@ class Report:
     seconds: dict[str, float]
     model: str = ""
     size: int = 0
+    notes: tuple[str, ...] = ()
     storage: Storage | None = None
     views: int = 0
     opaque: int = 0
@@ -113,6 +114,7 @@ class Report:
         rest.append(f"{self.opaque} other operations {self.lowered}" * (self.opaque > 0))
         if any(rest):
             parts.append(Text("also " + ", ".join(r for r in rest if r)))
+        parts += [Text(note) for note in self.notes]
         if self.check is None:
             parts.append(Text("not checked (--no-check)"))
         else:

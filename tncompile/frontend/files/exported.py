@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tncompile.errors import LoadError
 from tncompile.frontend.files.inputs import InputSpec
+from tncompile.frontend.mapped import PART, STAND_IN, MappedWeights
 from tncompile.frontend.trace import silence
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     path = Path(path)
 
     try:
-        clean = _checked_copy(path)
+        clean, weights = _checked_copy(path)
         with _quiet_and_safe():
-            return torch.export.load(clean)
+            exported = torch.export.load(clean)
+            weights.put_into(exported)
+            return exported
     except LoadError:
         raise
     except zipfile.BadZipFile as error:
@@ -89,13 +92,14 @@ _TARGETS = re.compile(
 )
 
 
-def _checked_copy(path: Path) -> io.BytesIO:
+def _checked_copy(path: Path) -> tuple[io.BytesIO, MappedWeights]:
     """The archive, read once, checked, and written anew: torch then reads what was checked and nothing else.
 
     torch's own reader takes compiled libraries and pickled objects from further parts, and finds parts whatever
-    the case of their names; so only known parts pass, each once.
+    the case of their names; so only known parts pass, each once. Weights are not copied: in their place stands one
+    number each, until they are put into what torch has made of the rest.
     """
-    copy = io.BytesIO()
+    copy, weights = io.BytesIO(), MappedWeights(path)
     seen: set[str] = set()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
         names = archive.namelist()
@@ -105,12 +109,19 @@ def _checked_copy(path: Path) -> io.BytesIO:
             if not _PARTS.fullmatch(part) or name == part or name.lower() in seen:
                 raise LoadError(f"{path}: holds a part that could run code ({name}); export a model of tensors only")
             seen.add(name.lower())
+            if PART.fullmatch(part):
+                weights.add(part, archive, archive.getinfo(name))
+                checked.writestr(name, STAND_IN)
+                continue
             data = archive.read(name)  # checks the checksum
             if part.endswith(".json"):
-                _check_json(json.loads(data), part, path)
+                content = json.loads(data)
+                _check_json(content, part, path)
+                if part.endswith("_config.json"):
+                    data = json.dumps(weights.stand_in(part, content)).encode()
             checked.writestr(name, data)
     copy.seek(0)
-    return copy
+    return copy, weights
 
 
 def _check_json(content: Any, part: str, path: Path) -> None:

@@ -52,7 +52,7 @@ class OnnxModel:
 
     `model` is what the opaque nodes are copied from, of one operator set and without functions; `nodes` has the
     node behind each opaque value. `file` is the file as it was. `sizes` has a size to plan for of every symbolic
-    dimension, `symbols` the program's name for each that the file names.
+    dimension, `symbols` the program's name for each that the file names. `notes` say what is not as in the file.
     """
 
     file: onnx.ModelProto = field(repr=False)
@@ -62,6 +62,7 @@ class OnnxModel:
     symbols: Mapping[str, str] = field(default_factory=dict)
     nodes: Mapping[str, Origin] = field(default_factory=dict, repr=False)
     folder: str = ""
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def original(self) -> bytes:
