@@ -16,6 +16,7 @@ from tncompile.passes.choice import Choice, choose
 from tncompile.passes.explain import explain, microseconds
 from tncompile.passes.fold import merge_like_terms
 from tncompile.passes.plans import DENSE, Candidate, Limits, best_of, candidates, key_of, merge_constants, scheduler
+from tncompile.passes.unroll import unrolled
 
 Known = dict[object, tuple[tuple[str, ...], list[Candidate]]]
 """By what decides a search: the names of the first such term's indices, and its candidates."""
@@ -109,8 +110,13 @@ class Order(Pass):
         return Switch("batch", limits, tuple(c.network for c in cases)) if limits else cases[0].network
 
     def _plan(self, network: Network, term: Term, context: Context, known: Known, branch: float) -> _Plan:
-        ways = self._ways(network, term, context, known)
-        return _Plan(term, ways, *self._choose(network, term, ways, context, branch))
+        """The candidates of a term, those of its windows written out among them, and the choice."""
+        ways = dict.fromkeys(self._ways(network, term, context, known), term)
+        written_out = unrolled(network, term)
+        if written_out is not None:
+            others = self._ways(replace(network, terms=(written_out,)), written_out, context, known)
+            ways |= {replace(way, label=""): written_out for way in others}
+        return _Plan(term, ways, *self._choose(network, ways, context, branch))
 
     def _pays(self, new: Sequence[float], old: Sequence[float]) -> bool:
         """Whether times are better by the margin in all, and worse at no batch size."""
@@ -118,7 +124,7 @@ class Order(Pass):
 
     def _summed(self, network: Network, plans: Sequence[_Plan], context: Context) -> tuple[Term, Change] | None:
         """Terms on one operand as the one dense layer that they are together, where that is faster than their sum."""
-        dense = [way for plan in plans if (way := best_of(plan.ways, DENSE)) is not None]
+        dense = [way for plan in plans if (way := best_of([*plan.ways], DENSE)) is not None]
         if len(plans) < 2 or len(dense) < len(plans):
             return None
         one, apart = max((way.times for way in dense), key=sum), _times(network, plans, context)
@@ -143,24 +149,26 @@ class Order(Pass):
         return [way.renamed(dict(zip(first, names, strict=True))) for way in ways]
 
     def _choose(
-        self, network: Network, term: Term, ways: Sequence[Candidate], context: Context, branch: float
+        self, network: Network, ways: Mapping[Candidate, Term], context: Context, branch: float
     ) -> tuple[Choice, dict[Candidate, Term]]:
         """The choice among some candidates, and the term as each of the chosen ones computes it."""
+        left = [*ways]
         while True:
-            choice = choose(ways, context.batches, branch, 0.0 if ways[0].measured else self.margin)
-            ready = {plan: _applied(network, term, plan) for plan in choice.plans}
-            bad = [plan for plan, result in ready.items() if _overflows(term, result)]
+            choice = choose(left, context.batches, branch, 0.0 if left[0].measured else self.margin)
+            ready = {plan: _applied(network, ways[plan], plan) for plan in choice.plans}
+            bad = [plan for plan, result in ready.items() if _overflows(ways[plan], result)]
             if not bad:  # in float16 a product of cores may not fit where each of them does
                 return choice, ready
-            ways = [way for way in ways if way not in bad]
+            left = [way for way in left if way not in bad]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A term, its candidates, which of them serves which batch size, and the term as each of those computes it."""
+    """A term, its candidates with the term that each is a way to compute, which of them serves which batch size, and
+    the term as each of those computes it."""
 
     term: Term
-    ways: Sequence[Candidate]
+    ways: Mapping[Candidate, Term]
     choice: Choice
     ready: Mapping[Candidate, Term]
 

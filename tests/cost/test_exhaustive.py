@@ -51,31 +51,17 @@ def all_trees(scheduler: Scheduler) -> list[Tree]:
         if len(group) == 1:
             yield group[0]
             return
-        if constant(group):
-            if connected(group):
-                yield left_to_right(group)
+        if constant(group):  # small ones are merged also where they share no index
+            yield left_to_right(group)
             return
         joined, apart = [], []
         for size in range(1, len(group)):
             for left in itertools.combinations(group, size):
                 if group[0] in left:
                     right = tuple(p for p in group if p not in left)
-                    if possible(left) and possible(right):
-                        (joined if names(left) & names(right) else apart).append((left, right))
+                    (joined if names(left) & names(right) else apart).append((left, right))
         for left, right in joined or apart:
             yield from itertools.product(trees(left), trees(right))
-
-    def possible(group: tuple[int, ...]) -> bool:
-        return len(group) == 1 or not constant(group) or connected(group)
-
-    def connected(group: tuple[int, ...]) -> bool:
-        reached = {group[0]}
-        while True:
-            here = names(tuple(reached))
-            more = {p for p in group if p not in reached and (layouts[p] & here or not layouts[p])}
-            if not more:
-                return len(reached) == len(group)
-            reached |= more
 
     return list(trees(tuple(range(len(term.tensors)))))
 
