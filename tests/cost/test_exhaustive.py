@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import networks
 from tncompile.cost.devices import default_profile
-from tncompile.cost.exhaustive import best_trees
+from tncompile.cost.exhaustive import SMALL, best_trees
 from tncompile.cost.schedule import Scheduler
 from tncompile.ir import Index, Tensor, Term, Tree, Value
 from tncompile.ir.core import left_to_right
@@ -35,8 +35,8 @@ def any_merge(group: tuple[int, ...]) -> Tree:
 def all_trees(scheduler: Scheduler) -> list[Tree]:
     """All binary trees without needless outer products: a pair shares an index where some way to part it does.
 
-    Cores that are merged with each other hang together, as the search asks for: an outer product of constants has more
-    numbers than they have.
+    Cores that are merged with each other hang together or make a small one, as the search asks for: an outer product of
+    constants has more numbers than they have.
     """
     term = scheduler.term
     layouts = [{*scheduler.layout(p)} for p in range(len(term.tensors))]
@@ -51,17 +51,35 @@ def all_trees(scheduler: Scheduler) -> list[Tree]:
         if len(group) == 1:
             yield group[0]
             return
-        if constant(group):  # small ones are merged also where they share no index
-            yield left_to_right(group)
+        if constant(group):
+            if possible(group):
+                yield left_to_right(group)
             return
         joined, apart = [], []
         for size in range(1, len(group)):
             for left in itertools.combinations(group, size):
                 if group[0] in left:
                     right = tuple(p for p in group if p not in left)
-                    (joined if names(left) & names(right) else apart).append((left, right))
+                    if possible(left) and possible(right):
+                        (joined if names(left) & names(right) else apart).append((left, right))
         for left, right in joined or apart:
             yield from itertools.product(trees(left), trees(right))
+
+    def possible(group: tuple[int, ...]) -> bool:
+        return len(group) == 1 or not constant(group) or connected(group) or size(group) <= SMALL
+
+    def size(group: tuple[int, ...]) -> int:
+        others = names(tuple(p for p in range(len(term.tensors)) if p not in group))
+        return scheduler.size(names(group) & (others | {*scheduler.output}))
+
+    def connected(group: tuple[int, ...]) -> bool:
+        reached = {group[0]}
+        while True:
+            here = names(tuple(reached))
+            more = {p for p in group if p not in reached and (layouts[p] & here or not layouts[p])}
+            if not more:
+                return len(reached) == len(group)
+            reached |= more
 
     return list(trees(tuple(range(len(term.tensors)))))
 
