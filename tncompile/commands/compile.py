@@ -22,7 +22,7 @@ from tncompile.commands.options import (
     seconds,
 )
 from tncompile.errors import OutputError
-from tncompile.runtime.files import check_writable, write_file
+from tncompile.runtime.files import check_not_the_model, check_writable, data_path, write_file
 
 if TYPE_CHECKING:
     from tncompile.compiler import CompiledModel
@@ -148,7 +148,8 @@ def _check_paths(model: Path, output: Path, report: Path | None) -> None:
     for path in (output, report):
         if path is not None:
             check_writable(path)
-            if path.exists() and model.exists() and path.samefile(model):
-                raise OutputError(f"{path}: is the model itself; write to another file")
+    for path in (output, data_path(output), report):
+        if path is not None:
+            check_not_the_model(path, model)
     if report is not None and report.absolute() == output.absolute():
         raise OutputError(f"{report}: the report would overwrite the output; give it another name")

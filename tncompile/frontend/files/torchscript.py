@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tncompile.errors import LoadError
+from tncompile.frontend.files.archive import open_archive
 from tncompile.frontend.files.detect import globals_of
 
 #: the parts that torch.jit.load reads; compiled code for phones and lists of lines stay behind
@@ -55,7 +56,7 @@ def _checked_copy(path: Path) -> io.BytesIO:
     """
     copy = io.BytesIO()
     seen: set[str] = set()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
+    with open_archive(path) as archive, zipfile.ZipFile(copy, "w") as checked:
         names = archive.namelist()
         root = names[0].partition("/")[0] if names else ""
         for name in names:
