@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from tncompile.emit.onnxfile import OnnxFile
@@ -25,15 +26,17 @@ class Stored:
     def __init__(self, file: OnnxFile, folder: Path | None = None) -> None:
         self.file = file
         self.source: bytes | Path = file.message
+        self.close: Callable[[], object] = lambda: None
+        """Removes the folder, as happens at the latest when this goes; nothing can be run or saved any more."""
         if not file.external:
             return
-        stack = contextlib.ExitStack()
-        weakref.finalize(self, stack.close)
+        folders = contextlib.ExitStack()
+        self.close = weakref.finalize(self, folders.close)
         try:
-            self.source = stack.enter_context(folder_in(folder)) / "model.onnx"
+            self.source = folders.enter_context(folder_in(folder)) / "model.onnx"
             _write(self.source, file)
         except (OSError, OutputError) as error:
-            stack.close()
+            self.close()
             cause = error if isinstance(error, OSError) else error.__cause__
             why = reason(cause) if isinstance(cause, OSError) else str(error)
             raise OutputError(f"{folder or tempfile.gettempdir()}: the weights {why}") from error

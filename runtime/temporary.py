@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tncompile.runtime.signals import deferred
+
 try:
     import fcntl
 except ImportError:
@@ -52,7 +54,8 @@ def folder_in(parent: Path | None) -> Iterator[Path]:
             _lock(handle)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with deferred():
+            shutil.rmtree(folder, ignore_errors=True)
         if handle is not None:
             os.close(handle)
 

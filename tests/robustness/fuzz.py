@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.robustness.mutate import zeros
 from tests.robustness.seeds import Seed, seeds
 from tests.robustness.worker import Outcome, serve, write_mutant
 
@@ -142,6 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000, help="mutants in all, shared out evenly (default 2000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more after so long")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once (default 2)")
     parser.add_argument("--kind", action="append", help="only these kinds")
     parser.add_argument("--verbose", action="store_true", help="print every answer")
@@ -153,6 +155,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
+    zeros()  # once, for all processes
     files = made_apart()
     if options.show:
         options.folder.mkdir(exist_ok=True)
@@ -160,7 +163,9 @@ def main() -> int:
         print("tncompile", *files[options.show[0]].arguments)
         return 0
     kinds = options.kind or [*files]
-    tasks = itertools.islice(((kind, index) for index in itertools.count() for kind in kinds), options.count)
+    end = time.monotonic() + options.seconds
+    every = ((kind, index) for index in itertools.count() for kind in kinds)
+    tasks = itertools.takewhile(lambda _: time.monotonic() < end, itertools.islice(every, options.count))
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     found = 0
     for outcome in fuzz(files, tasks, options.seed, options.jobs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import pickle
@@ -10,6 +11,7 @@ import pickletools
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -128,12 +130,37 @@ def archive(random: Random, data: bytes) -> bytes:
     elif kind == "drop":
         del parts[at]
     elif kind == "bomb":
-        parts[at], packing = (name, bytes(_BOMB_SIZE)), zipfile.ZIP_DEFLATED
+        return _bomb(parts, at)
     elif kind == "pack":
         packing = random.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     else:
         parts += [(f"{name.partition('/')[0]}/{random.choice(('data', 'x', 'code'))}/{k}", b"") for k in range(5000)]
     return _zipped(parts, packing)
+
+
+def _bomb(parts: list[tuple[str, bytes]], at: int) -> bytes:
+    """An archive of which one part is 1 GiB of zeros, under a right checksum."""
+    packed, checksum = zeros()
+    changed = bytearray(_zipped([*parts[:at], (parts[at][0], packed), *parts[at + 1 :]], zipfile.ZIP_STORED))
+    with zipfile.ZipFile(io.BytesIO(changed)) as file:
+        local = file.infolist()[at].header_offset
+    central = -1
+    for _ in range(at + 1):
+        central = changed.index(b"PK\1\2", central + 1 if central >= 0 else local)
+    for method, start in ((8, local), (10, central)):
+        struct.pack_into("<H", changed, start + method, zipfile.ZIP_DEFLATED)
+        struct.pack_into("<III", changed, start + method + 6, checksum, len(packed), _BOMB_SIZE)
+    return bytes(changed)
+
+
+@functools.cache
+def zeros() -> tuple[bytes, int]:
+    """1 GiB of zeros as raw deflate, and its checksum."""
+    packer, checksum, packed = zlib.compressobj(wbits=-15), 0, []
+    for _ in range(_BOMB_SIZE >> 24):
+        packed.append(packer.compress(bytes(1 << 24)))
+        checksum = zlib.crc32(bytes(1 << 24), checksum)
+    return b"".join([*packed, packer.flush()]), checksum
 
 
 def _zipped(parts: list[tuple[str, bytes]], packing: int) -> bytes:

@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
         files = _files(output, _compiled(options, progress))
         for path, compiled in files.items():
             compiled.save(path)
+            compiled.stored.close()
         if report is not None:
             records = [{**compiled.report.to_dict(), "output": str(path)} for path, compiled in files.items()]
             text = json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False)
