@@ -44,7 +44,7 @@ def detect(path: Path) -> str:
         return _detect_zip(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    if head[0] == 0x08 and 0 < head[1] < 64 and head[2:3] in _AFTER_IR_VERSION:
+    if head[0] == 0x08 and 0 < int.from_bytes(head[1:2], "little") < 64 and head[2:3] in _AFTER_IR_VERSION:
         return "ONNX"
     if head.startswith(b"\x89HDF"):
         return "HDF5"
