@@ -155,7 +155,8 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    zeros()  # once, for all processes
+    if options.count > _PER_PROCESS:
+        zeros()  # once, for all processes
     files = made_apart()
     if options.show:
         options.folder.mkdir(exist_ok=True)

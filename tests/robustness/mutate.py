@@ -32,7 +32,7 @@ _BOMBS = (
 _CODE = f"__import__('pathlib').Path('{MARK}').touch()"
 _PATHS = ("../../../etc/passwd", "/etc/passwd", ".", "..", "", "a/../../b", "C:\\x", "nul\0l", "x" * 300, "data.pkl/")
 _NUMBERS = (0, -1, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1, -(2**63), 2**64, 10**30, 1e308, -0.5, 255)
-_BOMB_SIZE = 1 << 30
+_BOMB_SIZE = 1 << 29
 _LARGEST = 1 << 25
 
 
@@ -139,7 +139,7 @@ def archive(random: Random, data: bytes) -> bytes:
 
 
 def _bomb(parts: list[tuple[str, bytes]], at: int) -> bytes:
-    """An archive of which one part is 1 GiB of zeros, under a right checksum."""
+    """An archive of which one part is 512 MiB of zeros, under a right checksum."""
     packed, checksum = zeros()
     changed = bytearray(_zipped([*parts[:at], (parts[at][0], packed), *parts[at + 1 :]], zipfile.ZIP_STORED))
     with zipfile.ZipFile(io.BytesIO(changed)) as file:
@@ -155,8 +155,8 @@ def _bomb(parts: list[tuple[str, bytes]], at: int) -> bytes:
 
 @functools.cache
 def zeros() -> tuple[bytes, int]:
-    """1 GiB of zeros as raw deflate, and its checksum."""
-    packer, checksum, packed = zlib.compressobj(wbits=-15), 0, []
+    """512 MiB of zeros as raw deflate, and its checksum."""
+    packer, checksum, packed = zlib.compressobj(1, wbits=-15), 0, []
     for _ in range(_BOMB_SIZE >> 24):
         packed.append(packer.compress(bytes(1 << 24)))
         checksum = zlib.crc32(bytes(1 << 24), checksum)

@@ -22,7 +22,7 @@ from tests.robustness.seeds import Seed
 
 CPU_SECONDS = 60  # far more than any of these files needs
 MEMORY = 4 << 30  # bytes of addresses beyond what the process has at first: what asks for more is told so
-RESIDENT = 1 << 30  # bytes that reading a small file may really take
+RESIDENT = 3 << 27  # bytes that reading a small file may really take
 
 _STARTS_CODE = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "ctypes.dlopen")
 
