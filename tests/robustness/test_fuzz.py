@@ -52,3 +52,14 @@ def test_no_weights_at_all() -> None:
 
     with pytest.raises(LoadError, match="missing in the file: weight, bias"):
         fill(torch.nn.Linear(2, 2), {}, Path("weights.pt"))
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 300 + "x" + ")" * 300, "-" * 3000 + "x", "x" + ".a" * 3000, "not " * 3000 + "x"]
+)
+def test_code_that_would_overflow_the_stack_of_its_reader(text: str) -> None:
+    from tncompile.frontend.files.torchscript import _too_deep
+
+    assert _too_deep(f"def f(x):\n  return {text}\n".encode())
+    flat = ", ".join(["-1.5", "x"] * 3000)
+    assert not _too_deep(f"def f(x):\n  return [{flat}]\n".encode() * 3)
