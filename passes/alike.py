@@ -192,7 +192,7 @@ class _Rewriting:
                 if len(group) < 2:
                     continue
                 family = [replace(network, terms=(term,)) for term in group]
-                done = join(family, known, network.output.name, 0, self.program.values)
+                done = join(family, known, network.output.name, 0, self.program.values, network.indices)
                 if done is not None:
                     rest = [t for t in network.terms if not any(t is g for g in group)]
                     whole = replace(network, terms=(*done.network.terms, *rest))

@@ -53,15 +53,23 @@ class Joined:
     parts: Parts
 
 
-def join(networks: Sequence[Network], parts: Parts, name: str, place: int, taken: Collection[str]) -> Joined | None:
+def join(
+    networks: Sequence[Network],
+    parts: Parts,
+    name: str,
+    place: int,
+    taken: Collection[str],
+    indices: Collection[str] = (),
+) -> Joined | None:
     """Networks of equal `structure` as one that has an index more, put at the axis `place` of its value `name`.
 
     ``y1[b, o] = x[b, i] W1[i, o]`` and ``y2[b, o] = x[b, i] W2[i, o]`` become ``y[n, b, o] = x[b, i] W[n, i, o]``,
     and y1 and y2 selections from it. An operand that is another one in each network is read as one slice where those
-    are selections in even steps from one value, else stacked. None where the networks do not differ at all.
+    are selections in even steps from one value, else stacked. `indices` are names that the new index must not have.
+    None where the networks do not differ at all.
     """
     used = {*taken, name}
-    site = Index(fresh("site", networks[0].indices), len(networks))
+    site = Index(fresh("site", {*networks[0].indices, *indices}), len(networks))
     nodes: dict[tuple[str, ...], tuple[tuple[Node, ...], str, int]] = {}
 
     def tensor_of(same: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,9 @@ from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, uniq
 from tncompile.ir.evaluate import einsum, evaluate, evaluate_term, merge
 from tncompile.passes.base import Change, Context, Pass
 
+MOST_CONSTANT_TERMS = 16
+"""A sum of more products of cores is computed, and not put into what reads it term by term."""
+
 
 @dataclass(frozen=True)
 class Fold(Pass):
@@ -93,9 +96,7 @@ class Fold(Pass):
             alone = uses.get(source, 0) == 1 and source not in shown
             try:
                 self._check(producer, reader, alone)
-                merged = _inlined(reader, producer)
-                if max(len(t.tensors) for t in merged.terms) > self.max_tensors:
-                    raise CannotEdit(f"a term would have over {self.max_tensors} tensors")
+                merged = self._inlined(reader, producer)
             except CannotEdit as reason:
                 declined.add(source)
                 if producer.cores and producer.operands:
@@ -114,14 +115,28 @@ class Fold(Pass):
             layer, source_ref = _layer(producer, reader)
             reader = replace(merged, name=layer, source=source_ref)
 
+    def _inlined(self, reader: Network, producer: Network) -> Network:
+        """`inline`; of a producer of cores alone its value, where the cores do not fit or are too many."""
+        try:
+            if not producer.operands:
+                reads = sum(t.name == producer.output.name for t in reader.operands)
+                if reads * len(producer.terms) > MOST_CONSTANT_TERMS:
+                    raise CannotEdit("too many terms")
+            merged = inline(reader, producer)
+            if max(len(t.tensors) for t in merged.terms) > self.max_tensors:
+                raise CannotEdit(f"a term would have over {self.max_tensors} tensors")
+            return merged
+        except CannotEdit:
+            if producer.operands:
+                raise
+            return inline(reader, _computed(producer))
+
     def _check(self, producer: Network, reader: Network, alone: bool) -> None:
         """Raise CannotEdit, with the reason, where composition is not always right."""
         value = producer.output.name
         if producer.dtype != reader.dtype:
             raise CannotEdit("another dtype")
         if not producer.operands:
-            if sum(t.name == value for t in reader.operands) * len(producer.terms) > 16:
-                raise CannotEdit("too many terms")
             return
         if not alone and not is_view(producer):
             raise CannotEdit("others read it too, and would compute it again")
@@ -135,16 +150,6 @@ class Fold(Pass):
                 raise CannotEdit("it is a sum of run-time terms, and what follows would be applied to each")
             if len(producer.terms) > 1 and (reads > 1 or any(not t.is_core for t in others)):
                 raise CannotEdit("it has a bias and meets another operand: the bias would become run-time work")
-
-
-def _inlined(reader: Network, producer: Network) -> Network:
-    """`inline`; of a producer of cores alone its value, where the cores do not fit."""
-    try:
-        return inline(reader, producer)
-    except CannotEdit:
-        if producer.operands:
-            raise
-        return inline(reader, _computed(producer))
 
 
 def _computed(network: Network) -> Network:

@@ -111,7 +111,7 @@ class Gathers(Pass):
             if not mine:
                 return core
             names = [i.name for i in core.indices]
-            if any(names.count(name) > 1 for name in mine):
+            if len({*names}) < len(names):
                 raise CannotEdit("it is gathered from along a diagonal")
             weight, rows = writer.table(core, mine)
             new, ids = writer.position([modes[name] for name in mine], node)

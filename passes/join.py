@@ -103,18 +103,19 @@ class Join(Pass):
         nodes: list[Node] = []
         for node in program.nodes:
             if isinstance(node, Network) and any(t.name in parts for t in node.operands):
-                nodes += self._levels(node, parts, worth, program, changes)
+                taken = {*program.values, *program.arrays, *(done.value.name for done in nodes)}
+                nodes += self._levels(node, parts, worth, taken, changes)
             else:
                 nodes.append(node)
         return replace(program, nodes=tuple(nodes))
 
     def _levels(
-        self, network: Network, parts: Parts, worth: Worth, program: Program, changes: list[Change]
+        self, network: Network, parts: Parts, worth: Worth, taken: set[str], changes: list[Change]
     ) -> list[Node]:
         if sum(not term.is_constant for term in network.terms) != 1 or any(term.windows for term in network.terms):
             return [network]
         start = State(network, (), parts)
-        end, before, after = Levels(worth, program.values).best(start)
+        end, before, after = Levels(worth, taken).best(start)
         if end is start or not gains(before, after, self.margin):
             return [network]
         count = sum(isinstance(node, Network) for node in end.nodes)

@@ -237,22 +237,49 @@ def random_inputs(
     """Normal numbers for floating inputs; for others, values drawn from those of the example input."""
     examples = example_inputs(traced)
     inputs = {}
+    bounds = _rows_read(traced)
     for value in traced.program.inputs:
         shape = [dims.evaluate(d, sizes) for d in value.shape or ()]
         if np.dtype(value.dtype).kind == "f":
             inputs[value.name] = np.asarray(generator.standard_normal(shape) + mean, value.dtype)
         else:
-            inputs[value.name] = _random(value, shape, examples.get(value.name), generator)
+            inputs[value.name] = _random(value, shape, examples.get(value.name), generator, bounds.get(value.name, 2))
     return inputs
 
 
-def _random(value: Value, shape: Sequence[int], example: Array | None, generator: np.random.Generator) -> Array:
+def _rows_read(traced: ImportedModel) -> dict[str, int]:
+    """For each input of an ONNX model that rows are gathered at, how many rows there are to read."""
+    found: dict[str, int] = {}
+    if not isinstance(traced, OnnxModel):
+        return found
+    for node in traced.model.graph:
+        if node.op_type != "Gather" or node.inputs[0] is None or node.inputs[0].shape is None:
+            continue
+        ids = node.inputs[1]
+        while ids is not None and (made := ids.producer()) is not None and made.op_type == "Cast":
+            ids = made.inputs[0]
+        axis = node.attributes.get_int("axis", 0)
+        rows = node.inputs[0].shape[axis] if axis < len(node.inputs[0].shape) else None
+        if ids is not None and ids.name and isinstance(rows, int):
+            found[ids.name] = min(rows, found.get(ids.name, rows))
+    return found
+
+
+def _random(
+    value: Value, shape: Sequence[int], example: Array | None, generator: np.random.Generator, bound: int
+) -> Array:
+    """Numbers of the example, else below a bound, the first and the last of them among them."""
     dtype = np.dtype(value.dtype)
     if example is not None and example.size:
         return np.asarray(generator.choice(example.reshape(-1), shape), dtype)
     if dtype.kind == "b":
         return np.asarray(generator.integers(0, 2, shape), dtype)
-    return np.zeros(shape, dtype) if dtype.kind == "u" else np.asarray(generator.integers(0, 2, shape), dtype)
+    if dtype.kind == "u" and bound == 2:
+        return np.zeros(shape, dtype)
+    drawn = np.asarray(generator.integers(0, bound, shape), dtype)
+    if drawn.size > 1:
+        drawn.flat[0], drawn.flat[-1] = 0, bound - 1
+    return drawn
 
 
 def example_inputs(traced: ImportedModel) -> dict[str, Array]:

@@ -152,5 +152,10 @@ def _check_paths(model: Path, output: Path, report: Path | None) -> None:
     for path in (output, data_path(output), report):
         if path is not None:
             check_not_the_model(path, model)
+    if data_path(output).is_file():
+        from tncompile.frontend.onnx.load import external_files
+
+        for file in external_files(model):
+            check_not_the_model(data_path(output), file)
     if report is not None and report.absolute() == output.absolute():
         raise OutputError(f"{report}: the report would overwrite the output; give it another name")

@@ -46,14 +46,16 @@ def computable(exported: torch.export.ExportedProgram) -> Computable:
             _aten.group_norm.default: _group_norm,
         }
         functional = _functional(functional, written_out)
+    notes: tuple[str, ...] = ()
+    if any(_is(n, torch.bfloat16) for n in functional.graph.nodes):
+        functional, notes = _widened(functional), (WIDENED,)
+    nodes = functional.graph.nodes
     if any(map(is_complex, nodes)):
         users = {s.arg.name for s in functional.graph_signature.input_specs if s.kind == InputKind.USER_INPUT}
         shown = [n for n in nodes if n.name in users] + functional.graph.output_node().all_input_nodes
-        notes = (PAIRS,) if any(map(is_complex, shown)) else ()
+        notes += (PAIRS,) if any(map(is_complex, shown)) else ()
         return Computable(as_pairs(functional), notes, _functional(exported))
-    if any(_is(n, torch.bfloat16) for n in nodes):
-        return Computable(_widened(functional), (WIDENED,))
-    return Computable(functional)
+    return Computable(functional, notes)
 
 
 def _functional(exported: torch.export.ExportedProgram, table: Any = None) -> torch.export.ExportedProgram:

@@ -12,6 +12,7 @@ import onnx_ir
 from google.protobuf.message import Message
 
 from tncompile.errors import LoadError, UnsupportedError
+from tncompile.frontend.files.detect import detect
 
 _SMALL = 1024  # elements
 _EXTERNAL = onnx.TensorProto.EXTERNAL
@@ -58,6 +59,15 @@ def read(source: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
     _check_model(model, name)
     _show_copies(model.graph)
     return model
+
+
+def external_files(path: Path) -> list[Path]:
+    """The files beside an ONNX file that hold weights of it; none where it is no ONNX file."""
+    if detect(path) != "ONNX":
+        return []
+    tensors = (tensor for graph in graphs(read(path).graph) for tensor in graph.initializer)
+    entries = (entry for tensor in tensors for entry in tensor.external_data)
+    return [path.parent / name for name in dict.fromkeys(e.value for e in entries if e.key == "location")]
 
 
 def _check_model(model: onnx.ModelProto, name: str) -> None:

@@ -53,7 +53,9 @@ def _layer_norm(graph: onnx_ir.Graph, sqrt: onnx_ir.Node) -> bool:
     _, bias = _vector(shifted)
     if scale is None or bias is None or shifted is None or scale.const_value is None or bias.const_value is None:
         return False
-    if scale.const_value.size != bias.const_value.size:
+    length = scale.const_value.size
+    shape = sub.inputs[0].shape if sub.inputs[0] is not None else None
+    if length != bias.const_value.size or length == 1 or (shape is not None and shape[-1] not in (None, length)):
         return False
     attributes = {"axis": -1, "epsilon": epsilon}
     whole = onnx_ir.node("LayerNormalization", [sub.inputs[0], scale, bias], attributes, name=shifted.name)

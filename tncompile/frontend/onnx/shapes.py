@@ -107,11 +107,7 @@ class Shapes:
         """Take what onnx inferred, or what the file says of operators that onnx does not know."""
         name = output.name or ""
         if found is None and output.type is not None:
-            found = onnx_ir.to_proto(output).type
-            if found.HasField("tensor_type") and found.tensor_type.HasField("shape"):
-                for dim in found.tensor_type.shape.dim:
-                    if not dim.HasField("dim_value"):
-                        dim.Clear()  # a symbol there need not be one of ours
+            found = _without_symbols(onnx_ir.to_proto(output).type)
         if found is None:
             return
         self.types[name] = found
@@ -125,6 +121,8 @@ class Shapes:
         domain = node.domain
         read = [v.name for v in node.inputs if v is not None and v.name]
         types = {n: self.types[n] for n in (*read, *captured) if n in self.types}
+        if (domain, node.op_type) == ("com.microsoft", "Gelu"):  # of the same shape
+            return {node.outputs[0].name or "": types[read[0]]} if read[0] in types else {}
         data = {
             n: onnx.numpy_helper.from_array(array)
             for n in read
@@ -132,11 +130,24 @@ class Shapes:
         }
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opsets.get(domain, 1), domain)
-            return onnx.shape_inference.infer_node_outputs(
+            found: Mapping[str, onnx.TypeProto] = onnx.shape_inference.infer_node_outputs(
                 schema, onnx_ir.to_proto(node), types, data, opset_imports=self._imports
             )
+            return {name: _without_symbols(t) for name, t in found.items()} if node.op_type in _BRANCHING else found
         except Exception:  # an unknown operator, or a fault of the model that ONNX Runtime will tell
             return {}
+
+
+_BRANCHING = ("If", "Loop", "Scan")
+
+
+def _without_symbols(found: onnx.TypeProto) -> onnx.TypeProto:
+    """A type that a subgraph declares: a symbol there need not be one of ours."""
+    if found.HasField("tensor_type") and found.tensor_type.HasField("shape"):
+        for dim in found.tensor_type.shape.dim:
+            if not dim.HasField("dim_value"):
+                dim.Clear()
+    return found
 
 
 def _dtype_name(data_type: int) -> str:
@@ -167,6 +178,8 @@ def divide(a: Dim, b: Dim) -> Dim | None:
     exact = dims.divide(a, b)
     if exact is not None:
         return exact
+    if "-" in f"{a}{b}":
+        return None  # ONNX rounds towards zero
     return a // b if isinstance(a, int) and isinstance(b, int) else f"({a} // {b})"
 
 
