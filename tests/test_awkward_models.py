@@ -99,25 +99,25 @@ def test_a_pipeline_without_order_is_completed() -> None:
     assert [p.name for p in compiled.report.passes] == ["clean", "order"]
 
 
-class ManyProducts(nn.Module):
+class ManyProducts(torch.nn.Module):
     """A weight that is a sum of more products than are put into what reads it."""
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.a = nn.ParameterList(torch.randn(6, 2, generator=generator) for _ in range(20))
-        self.b = nn.ParameterList(torch.randn(2, 5, generator=generator) for _ in range(20))
+        self.a = torch.nn.ParameterList(torch.randn(6, 2, generator=generator) for _ in range(20))
+        self.b = torch.nn.ParameterList(torch.randn(2, 5, generator=generator) for _ in range(20))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ sum(a @ b for a, b in zip(self.a, self.b, strict=True))
 
 
-class ClosedRing(nn.Module):
+class ClosedRing(torch.nn.Module):
     """Rows of the diagonal of a core."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = nn.Parameter(torch.randn(7, 3, 3, generator=torch.Generator().manual_seed(0)))
+        self.core = torch.nn.Parameter(torch.randn(7, 3, 3, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.einsum("irr->i", self.core)[ids]
@@ -126,5 +126,5 @@ class ClosedRing(nn.Module):
 @pytest.mark.parametrize(
     ("module", "x"), [(ManyProducts(), torch.ones(3, 6)), (ClosedRing(), torch.tensor([1, 2, 5]))], ids=["sum", "ring"]
 )
-def test_weights_that_are_not_taken_apart(module: nn.Module, x: torch.Tensor) -> None:
+def test_weights_that_are_not_taken_apart(module: torch.nn.Module, x: torch.Tensor) -> None:
     assert tncompile.compile(module.eval(), (x,)).report.check.passed
