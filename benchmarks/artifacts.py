@@ -1,6 +1,5 @@
-"""The files that users of a case would have: ``python -m benchmarks.artifacts CASE FOLDER``, in a process of its own.
-
-FOLDER gets one model file of each kind, and artifacts.json, a list of what they are.
+"""The files that users of a case would have: ``python -m benchmarks.artifacts CASE FOLDER [KIND,...]``, in a
+process of its own. FOLDER gets one model file of each kind, and artifacts.json, a list of what they are.
 """
 
 from __future__ import annotations
@@ -8,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,9 +48,12 @@ class Artifact:
     error: str = ""
 
 
-def artifacts(name: str, folder: Path) -> Iterator[Artifact]:
+def artifacts(name: str, folder: Path, kinds: Collection[str] = ()) -> Iterator[Artifact]:
     """Write each kind of file for a case; it is loaded anew for each, as tracing may change a module."""
     case = CASES[name]
+
+    def wanted(kind: str) -> bool:
+        return not kinds or kind in kinds
 
     def made(kind: str, write: Callable[[Loaded, Path], None], flags: tuple[str, ...] = ()) -> Artifact:
         path = folder / f"{kind.replace(' ', '_')}.model"
@@ -71,14 +73,19 @@ def artifacts(name: str, folder: Path) -> Iterator[Artifact]:
     with quiet():
         shipped = case.load().shipped
     if shipped is not None:
-        for kind, inputs in (("TorchScript, fixed", shipped.fixed), ("TorchScript", shipped.dynamic)):
+        flags = (("TorchScript, fixed", shipped.fixed), ("TorchScript", shipped.dynamic))
+        for kind, inputs in (each for each in flags if wanted(each[0])):
             yield _described(Artifact(kind, str(shipped.path), tuple(f"--input={i}" for i in inputs)))
         return
-    yield made("fixed", lambda loaded, path: save(loaded.module, loaded.inputs, path, dynamic_shapes=None))
-    yield made("dynamic", lambda loaded, path: save(loaded.module, loaded.inputs, path, dynamic_shapes=loaded.dynamic))
-    if name in PICKLED:
+    if wanted("fixed"):
+        yield made("fixed", lambda loaded, path: save(loaded.module, loaded.inputs, path, dynamic_shapes=None))
+    if wanted("dynamic"):
+        yield made(
+            "dynamic", lambda loaded, path: save(loaded.module, loaded.inputs, path, dynamic_shapes=loaded.dynamic)
+        )
+    if name in PICKLED and wanted("pickle"):
         yield made("pickle", lambda loaded, path: torch.save(loaded.module, path), _pickle_flags(case.load()))
-    if name in EXPORTED:
+    if name in EXPORTED and wanted("ONNX"):
         yield made("ONNX", _export)
 
 
@@ -125,11 +132,11 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), text)[:400]
 
 
-def main(name: str, folder: Path) -> None:
+def main(name: str, folder: Path, kinds: Collection[str] = ()) -> None:
     """Write the files and the list of them."""
-    found = [asdict(artifact) for artifact in artifacts(name, folder)]
+    found = [asdict(artifact) for artifact in artifacts(name, folder, kinds)]
     write_file(folder / "artifacts.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), [kind for given in sys.argv[3:] for kind in given.split(",") if kind])

@@ -3,8 +3,9 @@
     python -m benchmarks.corpus [--only NAME,...] [--jobs N] [--out DIR] [--docs FILE] [--times cases.json]
 
 For each case a fresh process writes the files that a user might have: saved with fixed shapes, with a dynamic batch,
-and of some cases a pickle, an ONNX model, or TorchScript. Then ``tncompile FILE -o OUT`` and ``tncompile verify FILE OUT``
-run on each. Writes corpus.json and corpus.md; exit code 1 where a file was refused or the result is wrong.
+and of some cases a pickle, an ONNX model, or TorchScript. Then ``tncompile FILE -o OUT`` and ``tncompile verify FILE
+OUT`` run on each. Writes corpus.json and corpus.md; a case that is in corpus.json already, and passed, is not compiled
+again without --again. Exit code 1 where a file was refused or the result is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import ROOT, names
+from benchmarks.cases import ROOT, case_names
 from benchmarks.corpus_table import filled, markdown, summary
 from benchmarks.models import CASES
 from tncompile.errors import TNCompileError
@@ -37,25 +38,28 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m benchmarks.corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--only", type=names, default=tuple(CASES), metavar="NAME,...", help="default: every case")
+    result.add_argument("--only", type=case_names, default=tuple(CASES), metavar="NAME,...", help="default: every case")
+    result.add_argument("--kinds", default="", metavar="KIND,...", help="fixed,dynamic,pickle,ONNX,TorchScript (all)")
     result.add_argument("--jobs", type=int, default=1, metavar="N", help="cases at a time (1)")
     result.add_argument("--out", type=Path, default=ROOT / "build" / "corpus", metavar="DIR", help="build/corpus")
     result.add_argument("--limit", type=float, default=300.0, metavar="S", help="for each command (300)")
+    result.add_argument("--again", action="store_true", help="also what is in corpus.json already, and passed")
     result.add_argument("--docs", type=Path, metavar="FILE", help="put the table between the markers of this file")
     result.add_argument("--times", type=Path, metavar="FILE", help="cases.json of benchmarks.cases, for the times")
     return result
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compile what was asked for; what corpus.json has of other cases stays. TNCompileError for a file that is wrong."""
+    """Compile what is missing and write the table anew. TNCompileError for a file of results that is wrong."""
     if options.docs is not None and not options.docs.is_file():
         raise TNCompileError(f"{options.docs}: no such file")
     times = {} if options.times is None else _read(options.times)
     options.out.mkdir(parents=True, exist_ok=True)
     store = options.out / "corpus.json"
     results = _read(store) if store.exists() else {}
+    todo = [n for n in options.only if options.again or n not in results or not all(map(passed, results[n]["files"]))]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for name, record in zip(options.only, pool.map(lambda n: case(n, options.limit), options.only), strict=True):
+        for name, record in zip(todo, pool.map(lambda n: case(n, options.limit, options.kinds), todo), strict=True):
             results[name] = record
             write_file(store, (json.dumps(results, indent=1) + "\n").encode())
             print(_brief(name, record), flush=True)
@@ -74,10 +78,10 @@ def passed(file: Mapping[str, Any]) -> bool:
     return not file["error"] and file["compile"]["exit"] == 0 and file["verify"]["exit"] == 0
 
 
-def case(name: str, limit: float) -> Record:
-    """A case's files, each compiled and verified, in processes of their own."""
+def case(name: str, limit: float, kinds: str = "") -> Record:
+    """A case's files (of these kinds), each compiled and verified, in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        made = _command(["-m", "benchmarks.artifacts", name, folder], limit)
+        made = _command(["-m", "benchmarks.artifacts", name, folder, kinds], limit)
         listed = Path(folder, "artifacts.json")
         files = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
         if not files:
@@ -96,7 +100,10 @@ def _compiled(file: Mapping[str, Any], folder: Path, batch: str, limit: float) -
         path.unlink(missing_ok=True)
     flags = [*file["flags"], "--batch", batch]
     written = ["-o", str(output), "--report", str(report)]
-    found: Record = {"compile": _command(["-m", "tncompile", source, *written, *flags], limit), "verify": {"exit": None}}
+    found: Record = {
+        "compile": _command(["-m", "tncompile", source, *written, *flags], limit),
+        "verify": {"exit": None},
+    }
     if found["compile"]["exit"] != 0:
         return found
     found["verify"] = _command(["-m", "tncompile", "verify", source, str(output), *flags], limit)
@@ -121,7 +128,7 @@ def _compiled(file: Mapping[str, Any], folder: Path, batch: str, limit: float) -
 
 
 def _command(arguments: Sequence[str], limit: float) -> Record:
-    """Run Python; its exit code (None where it was stopped), seconds, and the last line that it said where it failed."""
+    """Run Python; its exit code (None where it was stopped), seconds, and a line of what it said where it failed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     start = time.perf_counter()
     try:

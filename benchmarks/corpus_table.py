@@ -13,7 +13,19 @@ File = Mapping[str, Any]
 
 BEGIN, END = "<!-- corpus -->", "<!-- end of corpus -->"
 
-_HEAD = ("case", "file", "batch", "networks", "cores", "other", "error", "eager's", "MB", "compile s", "ms (best other)")
+_HEAD = (
+    "case",
+    "file",
+    "batch",
+    "networks",
+    "cores",
+    "other",
+    "error",
+    "eager's",
+    "MB",
+    "s",
+    "ms (best other)",
+)
 
 
 def markdown(results: Results, times: Results) -> str:
@@ -43,7 +55,7 @@ def summary(results: Results) -> list[str]:
     ]
     if good:
         worst = max(good, key=_ratio)
-        lines.append(f"largest error: {_ratio(worst):.2g} times eager PyTorch's, or than one rounding where that is less")
+        lines.append(f"largest error: {_ratio(worst):.2g} times eager PyTorch's, or one rounding where that is less")
     bad = [f"{n} ({f['kind']})" for n, f in files if not any(f is g for g in good)]
     return [*lines, *([f"not: {', '.join(bad)}"] if bad else [])]
 

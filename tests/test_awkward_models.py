@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tncompile
+from tncompile.errors import UnsupportedError
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.trace import trace
 from tncompile.passes import Clean, Context, Fold, MergeCores, Pipeline
@@ -97,3 +98,18 @@ def test_a_float16_product_that_does_not_fit_is_not_merged() -> None:
 def test_a_pipeline_without_order_is_completed() -> None:
     compiled = tncompile.compile(torch.nn.Linear(8, 4).eval(), normal(3, 8), passes=(Clean(),))
     assert [p.name for p in compiled.report.passes] == ["clean", "order"]
+
+
+@pytest.mark.parametrize(
+    ("function", "called"),
+    [
+        (lambda x: torch.linalg.svd(x)[1], "aten.linalg_svd"),  # which torch decomposes to another one first
+        (lambda x: torch.cdist(x, x), "aten.cdist"),
+        (lambda x: x.kthvalue(2)[0], "aten.kthvalue"),
+    ],
+)
+def test_what_the_exporter_lacks_is_named_with_its_line(function: Callable[..., Any], called: str) -> None:
+    model = Model(lambda _, x: function((x * 2).relu()) + 1)
+    with pytest.raises(UnsupportedError, match=rf"cannot translate {called}") as raised:
+        tncompile.compile(model, (torch.randn(3, 4),), check=False)
+    assert "test_awkward_models.py" in str(raised.value) and "lambda x" in str(raised.value)

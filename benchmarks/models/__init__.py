@@ -27,7 +27,7 @@ TENSORIZED, DENSE = "C", "A"
 
 @dataclass(frozen=True)
 class Shipped:
-    """The file that a model's authors give out, and the ``--input`` flags that it takes: fixed, and of a dynamic batch."""
+    """The file that a model's authors give out, and the ``--input`` flags for fixed shapes and for a dynamic batch."""
 
     path: Path
     fixed: tuple[str, ...]

@@ -24,8 +24,9 @@ from tncompile.errors import UnsupportedError
 Exported = torch.export.ExportedProgram
 Export = Callable[[torch.nn.Module, Any, Any, Any], Exported]
 
-_OFFSETS = (0, 1, 3)
-"""Batch sizes of the three traces, beyond the example's."""
+_SMALLEST, _OFFSETS = 4, (0, 1, 3)
+"""The three traces have the example's batch size, or this one where it is smaller, and so many more: sizes of 0 and 1,
+also of what is a little less than the batch, are special to torch."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,18 @@ def retraced(module: torch.nn.Module, args: Any, kwargs: Any, export: Export) ->
         resized = [_repeated(x, size) if has else x for x, has in zip(leaves, has_batch, strict=True)]
         return pytree.tree_unflatten(resized, structure)
 
-    sizes = [batch + offset for offset in _OFFSETS]
+    sizes = [max(batch, _SMALLEST) + offset for offset in _OFFSETS]
+    inputs = [at(size) for size in sizes]
     try:
-        graphs = [_graph(export(module, *at(size), None)) for size in sizes]
+        graphs = [_graph(export(module, sized, named, None)) for sized, named in inputs]
         _substitute(graphs, sizes, has_batch.index(True))
         graph, *_ = graphs
         graph.forward = partial(_replay, graph)
         graph.forward.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]
         dynamic = [{0: torch.export.Dim.AUTO} if has else None for has in has_batch]
-        shapes, named = pytree.tree_unflatten(dynamic, structure)
-        bound = dict(inspect.signature(module.forward).bind(*shapes, **(named or {})).arguments)
+        shapes, by_name = pytree.tree_unflatten(dynamic, structure)
+        bound = dict(inspect.signature(module.forward).bind(*shapes, **(by_name or {})).arguments)
+        args, kwargs = inputs[0]
         result = export(graph, args, kwargs, bound)
     except (UnsupportedError, _Different):
         return None

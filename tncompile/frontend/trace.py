@@ -129,14 +129,16 @@ def fixed_sizes() -> Iterator[list[SourceRef]]:
                 found.extend(_innermost())
 
     logger, watcher = logging.getLogger("torch.__trace"), Watcher(logging.DEBUG)
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(watcher)
     logger.setLevel(logging.DEBUG)
+    logger.propagate = False
     try:
         yield found
     finally:
         logger.removeHandler(watcher)
         logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @contextlib.contextmanager
