@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from tncompile.compiler import import_file
 from tncompile.errors import TNCompileWarning
+from tncompile.frontend.files.inputs import parse_input
 from tncompile.frontend.importer import import_exported
+from tncompile.frontend.load import LoadOptions
 from tncompile.frontend.trace import trace
 
 
@@ -95,3 +99,20 @@ def test_inputs_names_layers_and_lines_are_kept() -> None:
     linear = next(n for n in program.networks if n.name == "part.layer")
     assert "int" not in linear.source.code and "self.layer(x)" in linear.source.code
     assert {c.name for c in linear.cores} == {"part.layer.weight", "part.layer.bias"}
+
+
+def test_files_that_need_their_inputs_described(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(Reshaped(), path)
+    loading = LoadOptions((parse_input("float32[batch,6]"),), trust_pickle=True)
+    with pytest.warns(TNCompileWarning, match="dynamic all the same") as told:
+        traced = import_file(path, loading)
+    assert [v.shape for v in traced.program.inputs] == [("batch", 6)]
+    assert sum("batch" in str(w.message) for w in told) == 1
+
+
+class Reshaped(nn.Module):
+    """What a pickle can hold: a class of this file."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x.reshape(int(x.shape[0]), 2, 3).relu()
