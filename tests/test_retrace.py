@@ -1,4 +1,4 @@
-"""A batch that code reads as a plain number: dynamic where traces at three sizes tell how, told where it stays fixed."""
+"""A batch that code reads as a number: dynamic where traces at three sizes tell how, told where it stays fixed."""
 
 from __future__ import annotations
 
