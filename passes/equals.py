@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
+from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value, Window
 from tncompile.ir.core import NETWORK_DTYPES, same_array
 from tncompile.ir.edit import fresh
 from tncompile.passes.stacks import SELECT, SLICE, STACK, Part, part_of
@@ -34,7 +34,12 @@ def structure(network: Network) -> object:
     def axes(tensor: Tensor) -> object:
         return tuple(tuple((number[i.name], i.size) for i in axis) for axis in tensor.axes)
 
-    terms = tuple(tuple((t.is_core, axes(t)) for t in term.tensors) for term in network.terms)
+    def window(w: Window) -> object:
+        return number[w.axis], number[w.kernel], number[w.out], w.stride, w.dilation, w.padding
+
+    terms = tuple(
+        (tuple((t.is_core, axes(t)) for t in term.tensors), tuple(map(window, term.windows))) for term in network.terms
+    )
     return terms, axes(network.output), network.dtype
 
 
@@ -75,7 +80,7 @@ def join(networks: Sequence[Network], parts: Parts, name: str, place: int, taken
     terms = []
     for k, term in enumerate(networks[0].terms):
         columns = zip(*(n.terms[k].tensors for n in networks), strict=True)
-        terms.append(Term(tuple(map(tensor_of, columns)), term.order))
+        terms.append(Term(tuple(map(tensor_of, columns)), term.order, windows=term.windows))
     if all(site.name not in term.indices for term in terms):
         return None
     first = networks[0].output

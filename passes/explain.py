@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tncompile.ir import Network, Term
 from tncompile.passes.base import Change, Context
@@ -15,10 +15,12 @@ def explain(
     before: Term,
     choice: Choice,
     after: Sequence[Term],
-    candidates: Sequence[Candidate],
+    ways: Mapping[Candidate, Term],
     context: Context,
 ) -> Change:
-    """The change that a choice is: `after` has the term as each of its plans computes it."""
+    """The change that a choice is: `after` has the term as each of its plans computes it, `ways` the candidates with
+    the term that each computes."""
+    candidates = [*ways]
     what = "; ".join(f"{serves}{_what(before, term)}" for serves, term in zip(_serves(choice), after, strict=True))
     plan, batch = choice.plans[-1], context.batches[-1]
     others = [
@@ -29,10 +31,10 @@ def explain(
     kind = "measured" if plan.measured else "predicted"
     why = f"{kind} {microseconds(plan.times[-1])} at batch {batch}; {', '.join(others)}" if others else ""
     ranked = sorted(candidates, key=lambda c: sum(c.times), reverse=True)  # of equal labels the best stays
-    tried = {c.label or label_of(before, c.tree): _rounded(c.seconds) for c in ranked}
+    tried = {c.label or label_of(ways[c], c.tree): _rounded(c.seconds) for c in ranked}
     details: dict[str, object] = {"batches": context.batches, "microseconds": tried}
     if plan.measured:
-        details["measured"] = {c.label or label_of(before, c.tree): _rounded(c.measured) for c in ranked}
+        details["measured"] = {c.label or label_of(ways[c], c.tree): _rounded(c.measured) for c in ranked}
     chosen: dict[int, dict[str, float]] = {}
     for k, size in enumerate(context.batches):
         way = choice.plan_for(size)
@@ -50,6 +52,8 @@ def _serves(choice: Choice) -> list[str]:
 
 
 def _what(before: Term, after: Term) -> str:
+    if before.windows and not after.windows:
+        return f"windows written out: order {label_of(after, after.order)}"
     merged = len(before.cores) - len(after.cores)
     if len(after.cores) == 1 and merged:
         return f"folded to dense: {len(before.cores)} cores are one"

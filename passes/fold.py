@@ -259,13 +259,7 @@ def merge_like_terms(network: Network, terms: list[Term], changes: list[Change])
 
 def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
     """One term for two that apply cores to the same modes of one operand; None where that would cost more."""
-    if (
-        a.windows
-        or b.windows
-        or len(a.operands) != 1
-        or len(b.operands) != 1
-        or a.operands[0].name != b.operands[0].name
-    ):
+    if len(a.operands) != 1 or len(b.operands) != 1 or a.operands[0].name != b.operands[0].name:
         return None
     x, y = a.operands[0], b.operands[0]
     if [tuple(i.size for i in g) for g in x.axes] != [tuple(i.size for i in g) for g in y.axes]:
@@ -280,7 +274,13 @@ def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
     if not (a.cores and b.cores) or any(math.prod(int(i.size) for i in p) > largest for p in products):
         return None
     renamed = {theirs.name: ours.name for theirs, ours in zip(y.indices, x.indices, strict=True)}
-    if {i.name for i in products[0]} != {renamed.get(i.name, i.name) for i in products[1]}:
+    slid = {(w.axis, w.out, w.stride, w.dilation, w.padding): w.kernel for w in a.windows}
+    for w in b.windows:
+        kernel = slid.pop((renamed[w.axis], w.out, w.stride, w.dilation, w.padding), None)
+        if kernel is None or a.indices[kernel].size != b.indices[w.kernel].size:
+            return None
+        renamed[w.kernel] = kernel
+    if slid or {i.name for i in products[0]} != {renamed.get(i.name, i.name) for i in products[1]}:
         return None
     first, second = (
         merge(term.cores, left_to_right(range(len(term.cores))), keep)
@@ -290,7 +290,7 @@ def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
     second = einsum([(second, tuple(renamed.get(i.name, i.name) for i in products[1]))], names)
     name = f"{merged_name([c.name for c in a.cores])}+{merged_name([c.name for c in b.cores])}"
     core = Tensor(name, tuple((i,) for i in products[0]), (first + second).astype(network.dtype))
-    return Term((x, core))
+    return Term((x, core), windows=a.windows)
 
 
 def _core_indices(network: Network, term: Term) -> tuple[Index, ...]:

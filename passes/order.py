@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,10 +11,12 @@ import numpy as np
 from tncompile.ir import Network, Opaque, Program, Switch, Term, dims, networks_of
 from tncompile.ir.edit import unique_cores
 from tncompile.passes.base import Change, Context, Pass
+from tncompile.passes.blockwise import one_term
 from tncompile.passes.choice import Choice, choose
-from tncompile.passes.explain import explain
+from tncompile.passes.explain import explain, microseconds
 from tncompile.passes.fold import merge_like_terms
-from tncompile.passes.plans import DENSE, Candidate, Limits, candidates, key_of, merge_constants, scheduler
+from tncompile.passes.plans import DENSE, Candidate, Limits, best_of, candidates, key_of, merge_constants, scheduler
+from tncompile.passes.unroll import unrolled
 
 Known = dict[object, tuple[tuple[str, ...], list[Candidate]]]
 """By what decides a search: the names of the first such term's indices, and its candidates."""
@@ -41,7 +44,9 @@ class Order(Pass):
        context they are also timed on the device, the dense layer and the order as traced among them.
     3. A candidate must be faster than the dense layer at every batch size it serves, by `margin` if its time is
        a prediction.
-    4. Where no one candidate is good at all batch sizes, and the batch is seen at run time, several serve one
+    4. A sum of terms of equal structure is one term where that is faster (`tncompile.passes.blockwise`), terms that
+       are one dense layer together are that where it is faster than their sum.
+    5. Where no one candidate is good at all batch sizes, and the batch is seen at run time, several serve one
        range each.
     """
 
@@ -70,13 +75,24 @@ class Order(Pass):
         """The network with its terms scheduled, or a switch of several such."""
         moving = [t for t in network.terms if not t.is_constant]
         constant = tuple(t for t in network.terms if t.is_constant)
-        found = []
-        for term in moving:
-            ways = self._ways(network, term, context, known)
-            choice, ready = self._choose(network, term, ways, context, branch)
-            found.append((choice, ready))
-            if len(term.tensors) > 1:
-                changes.append(explain(network, term, choice, [ready[plan] for plan in choice.plans], ways, context))
+        plans = [self._plan(network, term, context, known, branch) for term in moving]
+        stacked = one_term(network, moving) if len(moving) > 1 else None
+        if stacked is not None:
+            together = self._plan(replace(network, terms=(stacked,)), stacked, context, known, branch)
+            apart, one = _times(network, plans, context), _times(network, [together], context)
+            if self._pays(one, apart):
+                what = f"{len(moving)} terms are one, numbered by an index of its cores"
+                changes.append(Change(network.output.name, what, _instead(one, apart, context)))
+                network, plans = replace(network, terms=(stacked, *constant)), [together]
+        for plan in plans:
+            if len(plan.term.tensors) > 1:
+                ready = [plan.ready[way] for way in plan.choice.plans]
+                changes.append(explain(network, plan.term, plan.choice, ready, plan.ways, context))
+        summed = self._summed(network, plans, context)
+        if summed is not None:
+            changes.append(summed[1])
+            return replace(network, terms=(summed[0], *constant))
+        found = [(plan.choice, plan.ready) for plan in plans]
         cases: list[_Case] = []
         for size in [*sorted({limit for choice, _ in found for limit in choice.limits}), None]:
             merged: list[Change] = []
@@ -93,6 +109,34 @@ class Order(Pass):
         limits = tuple(case.limit for case in cases if case.limit is not None)
         return Switch("batch", limits, tuple(c.network for c in cases)) if limits else cases[0].network
 
+    def _plan(self, network: Network, term: Term, context: Context, known: Known, branch: float) -> _Plan:
+        """The candidates of a term, those of its windows written out among them, and the choice."""
+        ways = dict.fromkeys(self._ways(network, term, context, known), term)
+        written_out = unrolled(network, term)
+        if written_out is not None:
+            others = self._ways(replace(network, terms=(written_out,)), written_out, context, known)
+            ways |= {replace(way, label=""): written_out for way in others}
+        return _Plan(term, ways, *self._choose(network, ways, context, branch))
+
+    def _pays(self, new: Sequence[float], old: Sequence[float]) -> bool:
+        """Whether times are better by the margin in all, and worse at no batch size."""
+        return all(a <= b for a, b in zip(new, old, strict=True)) and sum(new) <= (1 - self.margin) * sum(old)
+
+    def _summed(self, network: Network, plans: Sequence[_Plan], context: Context) -> tuple[Term, Change] | None:
+        """Terms on one operand as the one dense layer that they are together, where that is faster than their sum."""
+        dense = [way for plan in plans if (way := best_of([*plan.ways], DENSE)) is not None]
+        if len(plans) < 2 or len(dense) < len(plans):
+            return None
+        one, apart = max((way.times for way in dense), key=sum), _times(network, plans, context)
+        if not self._pays(one, apart):
+            return None
+        merged = [_applied(network, plan.term, way) for plan, way in zip(plans, dense, strict=True)]
+        whole = merge_like_terms(network, merged, [])
+        if len(whole) > 1 or _overflows(plans[0].term, whole[0]):
+            return None
+        what = f"{len(plans)} terms on {whole[0].operands[0].name} are one dense layer"
+        return _scheduled(network, whole[0], context), Change(network.output.name, what, _instead(one, apart, context))
+
     def _ways(self, network: Network, term: Term, context: Context, known: Known) -> list[Candidate]:
         """The candidates of a term, searched and timed once for all equal ones."""
         key = key_of(network, term, context)
@@ -105,16 +149,43 @@ class Order(Pass):
         return [way.renamed(dict(zip(first, names, strict=True))) for way in ways]
 
     def _choose(
-        self, network: Network, term: Term, ways: Sequence[Candidate], context: Context, branch: float
+        self, network: Network, ways: Mapping[Candidate, Term], context: Context, branch: float
     ) -> tuple[Choice, dict[Candidate, Term]]:
         """The choice among some candidates, and the term as each of the chosen ones computes it."""
+        left = [*ways]
         while True:
-            choice = choose(ways, context.batches, branch, 0.0 if ways[0].measured else self.margin)
-            ready = {plan: _applied(network, term, plan) for plan in choice.plans}
-            bad = [plan for plan, result in ready.items() if _overflows(term, result)]
+            choice = choose(left, context.batches, branch, 0.0 if left[0].measured else self.margin)
+            ready = {plan: _applied(network, ways[plan], plan) for plan in choice.plans}
+            bad = [plan for plan, result in ready.items() if _overflows(ways[plan], result)]
             if not bad:  # in float16 a product of cores may not fit where each of them does
                 return choice, ready
-            ways = [way for way in ways if way not in bad]
+            left = [way for way in left if way not in bad]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A term, its candidates with the term that each is a way to compute, which of them serves which batch size, and
+    the term as each of those computes it."""
+
+    term: Term
+    ways: Mapping[Candidate, Term]
+    choice: Choice
+    ready: Mapping[Candidate, Term]
+
+
+def _times(network: Network, plans: Sequence[_Plan], context: Context) -> list[float]:
+    """Seconds at each batch size, with those that it takes to add the terms up."""
+    found = []
+    for k, batch in enumerate(context.batches):
+        sizes = context.index_sizes(network, batch)
+        elements = math.prod(sizes[i.name] for i in network.output.indices)
+        add = context.profile.multiply_time(1, elements, np.dtype(network.dtype).itemsize)
+        found.append(sum(p.choice.plan_for(batch).times[k] for p in plans) + add * (len(plans) - 1))
+    return found
+
+
+def _instead(new: Sequence[float], old: Sequence[float], context: Context) -> str:
+    return f"{microseconds(new[-1])} instead of {microseconds(old[-1])} at batch {context.batches[-1]}"
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class _Use:
 
 
 def _use(network: Network, number: int, term: Term, nodes: Mapping[str, Node]) -> _Use | None:
-    if len(term.operands) != 1 or not any(core.indices for core in term.cores):
+    if term.windows or len(term.operands) != 1 or not any(core.indices for core in term.cores):
         return None
     node = nodes.get(term.operands[0].name)
     if not isinstance(node, Opaque) or node.target != SELECT or node.kwargs or len(node.args) != 3:

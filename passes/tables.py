@@ -260,8 +260,12 @@ def _positions(modes: Sequence[tuple[str, tuple[Position, int]]]) -> list[Positi
 
 def _rows(network: Network, term: Term, program: Program, nodes: Mapping[str, Node]) -> _Rows | None:
     """A term as one of tables and cores; None where it reads no rows."""
+    if term.windows:
+        return None
     tensors, tables = list(term.tensors), dict[int, _Table]()
     taken = {*network.indices}
+    everywhere = [c.data for n in program.networks for c in n.cores]
+    everywhere += [program.weights.get(n) for node in program.nodes if isinstance(node, Opaque) for n in node.inputs]
     for position, tensor in enumerate(term.tensors):
         node = nodes.get(tensor.name)
         if tensor.is_core or not isinstance(node, Opaque) or node.target != EMBEDDING:
@@ -272,6 +276,8 @@ def _rows(network: Network, term: Term, program: Program, nodes: Mapping[str, No
         # an index in several axes of the rows is a diagonal, and rows that others read too are gathered anyway
         if array is None or array.ndim != 2 or program.uses[tensor.name] > 1 or len({*names}) < len(names):
             continue
+        if sum(array is other for other in everywhere) > 1:
+            continue  # it stays in the file for others
         assert isinstance(weight, Ref)
         assert isinstance(ids, Ref)
         rest = tensor.axes[-1]

@@ -293,7 +293,7 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
         try:
             outputs = interpreter.run(*args)
         except Exception as error:
-            raise TNCompileError(
+            raise CheckError(
                 f"the traced model itself cannot run on these inputs: {str(error).splitlines()[0]}; "
                 "give some that it can with --example inputs.npz"
             ) from error

@@ -18,10 +18,10 @@ from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.ir import Array
 from tncompile.runtime import rivals
 from tncompile.runtime.device import NodeTime, profile, providers, require_on_device
+from tncompile.runtime.files import data_path
 from tncompile.runtime.probe import Limits, Probe, probe
 from tncompile.runtime.rivals import Bound, Inputs, NotApplicable
 from tncompile.runtime.session import Session
-from tncompile.runtime.stored import data_path
 from tncompile.runtime.timing import ROUNDS, race
 
 OURS, EAGER, COMPILE, EXPORTER, DENSE, NAIVE = "tncompile", "eager", "compile", "exporter", "dense", "naive"

@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from tncompile.cost.search import einsum_path
-from tncompile.errors import LoadError, SourceRef, TNCompileError
+from tncompile.errors import CheckError, LoadError, SourceRef
 from tncompile.frontend.onnx.importer import OnnxModel, layer_of
 from tncompile.ir import Array
 from tncompile.runtime.session import Session
@@ -48,7 +48,7 @@ class OnnxReference:
         return 10.0 if self.note else 1.0
 
     def run(self, feeds: Mapping[str, Array]) -> tuple[list[Array], list[Array]]:
-        """The outputs in float64 and those of the original file. TNCompileError where that cannot run."""
+        """The outputs in float64 and those of the original file. CheckError where that cannot run."""
         if self._slow and not self.note:
             wide, plain = self._evaluated(feeds), self._evaluated(feeds, wide=False)
             if wide is not None and plain is not None:
@@ -82,9 +82,9 @@ class OnnxReference:
         try:
             return [*self._plain.run(self._plain.feeds(feeds)).values()]
         except LoadError as error:
-            raise TNCompileError(f"the original file cannot be run: {error}") from error
+            raise CheckError(f"the original file cannot be run: {error}") from error
         except Exception as error:  # onnxruntime's own exceptions have no common base
-            raise TNCompileError(
+            raise CheckError(
                 f"the original file itself cannot run on these inputs: {str(error).splitlines()[0][:300]}; "
                 "give some that it can with --example inputs.npz"
             ) from error

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from tncompile.emit.onnxfile import OnnxFile
 from tncompile.errors import OutputError
-from tncompile.runtime.files import check_writable, write_files
+from tncompile.runtime.files import check_writable, data_path, reason, write_files
 from tncompile.runtime.session import Session
+from tncompile.runtime.temporary import folder_in
 
 
 class Stored:
@@ -24,15 +26,20 @@ class Stored:
     def __init__(self, file: OnnxFile, folder: Path | None = None) -> None:
         self.file = file
         self.source: bytes | Path = file.message
+        self.close: Callable[[], object] = lambda: None
+        """Removes the folder, as happens at the latest when this goes; nothing can be run or saved any more."""
         if not file.external:
             return
+        folders = contextlib.ExitStack()
+        self.close = weakref.finalize(self, folders.close)
         try:
-            made = Path(tempfile.mkdtemp(prefix=".tncompile-", dir=folder))
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
-        weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
-        self.source = made / "model.onnx"
-        _write(self.source, file)
+            self.source = folders.enter_context(folder_in(folder)) / "model.onnx"
+            _write(self.source, file)
+        except (OSError, OutputError) as error:
+            self.close()
+            cause = error if isinstance(error, OSError) else error.__cause__
+            why = reason(cause) if isinstance(cause, OSError) else str(error)
+            raise OutputError(f"{folder or tempfile.gettempdir()}: the weights {why}") from error
 
     def session(self) -> Session:
         """A session to check the numbers with."""
@@ -42,11 +49,6 @@ class Stored:
         """Write ``PATH`` and, where weights are apart, ``PATH.data``: both whole, or neither. OutputError if not."""
         data = None if isinstance(self.source, bytes) else data_path(self.source)
         _write(Path(path), self.file, data)
-
-
-def data_path(path: Path) -> Path:
-    """The data file of a model file."""
-    return path.with_name(f"{path.name}.data")
 
 
 def session_of(path: Path) -> Session:

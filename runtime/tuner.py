@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import platformdirs
 from tncompile import __version__
 from tncompile.cost.devices import machine
 from tncompile.emit.program import network_model
-from tncompile.errors import OutputError
+from tncompile.errors import OutputError, TNCompileWarning
 from tncompile.ir import Array, Index, Network, Tensor, dims
 from tncompile.runtime.device import providers
 from tncompile.runtime.files import write_file
@@ -159,7 +160,7 @@ class _Store:
         try:
             loaded = json.loads(self.path.read_text())
             self.seconds = {str(k): float(v) for k, v in loaded.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             self.seconds = {}
 
     def get(self, keys: Sequence[str]) -> list[float] | None:
@@ -171,5 +172,5 @@ class _Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_file(self.path, json.dumps(self.seconds).encode())
-        except (OSError, OutputError):
-            return
+        except (OSError, OutputError) as error:
+            warnings.warn(f"what was timed is not remembered: {error}", TNCompileWarning, stacklevel=2)

@@ -20,7 +20,7 @@ import tncompile
 from tncompile.cli import main
 from tncompile.emit import onnxfile
 from tncompile.errors import LoadError, OutputError, TNCompileError
-from tncompile.frontend.load import load_exported
+from tncompile.frontend.files.exported import load_exported
 from tncompile.frontend.mapped import release_pages
 from tncompile.runtime import stored
 from tncompile.runtime.check import run_traced

@@ -12,6 +12,8 @@ from typing import Any
 
 from tncompile.commands import bench, compile, inspect, tune, verify
 from tncompile.errors import TNCompileError, TNCompileWarning
+from tncompile.runtime import signals
+from tncompile.runtime.files import reason
 
 Command = tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
 COMPILE: Command = (compile.parser, compile.run)
@@ -21,6 +23,7 @@ COMMANDS: dict[str, Command] = {
     "tune": (tune.parser, tune.run),
     "bench": (bench.parser, bench.run),
 }
+_AS_IT_WAS = "no file was left half written"
 
 
 @contextlib.contextmanager
@@ -46,14 +49,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = bool(arguments) and arguments[0] in COMMANDS
     parser, run = COMMANDS[arguments[0]] if named else COMPILE
     try:
-        with _one_line_warnings():
-            return run(parser().parse_args(arguments[named:]))
+        with signals.raised(), _one_line_warnings():
+            code = run(parser().parse_args(arguments[named:]))
+            sys.stdout.flush()
+            return code
     except TNCompileError as error:
         print(f"tncompile: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tncompile: interrupted, nothing written", file=sys.stderr)
+        print(f"tncompile: interrupted; {_AS_IT_WAS}", file=sys.stderr)
         return 130
+    except signals.Terminated as error:
+        print(f"tncompile: ended by a signal ({error.number}); {_AS_IT_WAS}", file=sys.stderr)
+        return 128 + error.number
+    except MemoryError:
+        print("tncompile: not enough memory for this model", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output went away: `tncompile inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk under our output or under temporary files
+        print(f"tncompile: {error.filename or 'standard output'}: {reason(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python would write at its end
         return 1

@@ -18,7 +18,7 @@ from tncompile import __version__
 from tncompile.cost.devices import Choice, choose
 from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.file import Store, adopt, write
-from tncompile.errors import CheckError, TNCompileError, UnsupportedError
+from tncompile.errors import CheckError, LoadError, TNCompileError, UnsupportedError
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.load import LoadOptions, load
 from tncompile.frontend.mapped import release_pages
@@ -327,7 +327,10 @@ def _checked(
     program: Program,
 ) -> tuple[CheckReport, Session | None]:
     """Check a written model, and the session where that is still open: weights in a file are not kept in memory."""
-    session = stored.session()
+    try:
+        session = stored.session()
+    except LoadError as error:
+        raise CheckError(f"what was compiled from it does not run: {error}") from error
     result = check_session(session, traced, batches, examples, _in_every_range(program))
     return result, session if session.is_open else None
 

@@ -49,10 +49,7 @@ EVERY = "clean stacks gathers fold clean steps join stacks fold clean merge_core
 @pytest.mark.parametrize(
     ("text", "passes"),
     [
-        (
-            "clean,stacks,gathers,fold,clean,join,stacks,fold,clean,merge_cores,tables,blocks,clean,order,layout",
-            DEFAULT,
-        ),
+        (EVERY.replace(" ", ","), DEFAULT),
         ("clean", (Clean(),)),
         ("order", (Order(),)),
         (" clean , fold ", (Clean(), Fold())),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tncompile.commands.options import MODEL_HELP, loading, loading_options, sizes
-from tncompile.runtime.files import check_writable, write_file
+from tncompile.runtime.files import check_not_the_model, check_writable, write_file
 
 if TYPE_CHECKING:
     from tncompile.frontend.model import ImportedModel, LoadedModel
@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure and print; 0 whatever the result, TNCompileError where the model cannot be compiled."""
     if options.json is not None:
         check_writable(options.json)
+        check_not_the_model(Path(options.json), Path(options.model))
     from tncompile.frontend.load import detect
 
     detect(Path(options.model))  # a missing file is told before torch is loaded

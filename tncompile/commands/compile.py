@@ -22,7 +22,7 @@ from tncompile.commands.options import (
     seconds,
 )
 from tncompile.errors import OutputError
-from tncompile.runtime.files import check_writable, write_file
+from tncompile.runtime.files import check_not_the_model, check_writable, data_path, write_file
 
 if TYPE_CHECKING:
     from tncompile.compiler import CompiledModel
@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
         files = _files(output, _compiled(options, progress))
         for path, compiled in files.items():
             compiled.save(path)
+            compiled.stored.close()
         if report is not None:
             records = [{**compiled.report.to_dict(), "output": str(path)} for path, compiled in files.items()]
             text = json.dumps(records[0] if len(records) == 1 else records, indent=1, ensure_ascii=False)
@@ -148,7 +149,8 @@ def _check_paths(model: Path, output: Path, report: Path | None) -> None:
     for path in (output, report):
         if path is not None:
             check_writable(path)
-            if path.exists() and model.exists() and path.samefile(model):
-                raise OutputError(f"{path}: is the model itself; write to another file")
+    for path in (output, data_path(output), report):
+        if path is not None:
+            check_not_the_model(path, model)
     if report is not None and report.absolute() == output.absolute():
         raise OutputError(f"{report}: the report would overwrite the output; give it another name")

@@ -154,9 +154,13 @@ def load_example(path: str) -> dict[str, Array]:
     """The arrays of an ``.npz`` file. LoadError where there are none to read."""
     import numpy as np
 
+    from tncompile.frontend.files.archive import open_archive
+
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open_archive(path), np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
+    except LoadError:
+        raise
     except FileNotFoundError as error:
         raise LoadError(f"{path}: no such file") from error
     except Exception as error:  # whatever a damaged archive makes numpy raise

@@ -34,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
 
     traced = compiler.import_file(options.model, loading(options))
     session = session_of(Path(options.output))
-    result = compiler.check_session(session, traced, options.batch, [load_example(path) for path in options.example])
+    examples = [load_example(path) for path in options.example]
+    with compiler.naming(options.model):
+        result = compiler.check_session(session, traced, options.batch, examples)
     print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
     for output in result.outputs:
         print(f"  {output}")

@@ -17,6 +17,9 @@ _Way = tuple[float, Layout, Tree]
 MAX_WORK = 7_000
 """About how many pairs of ways a search may look at: a term of seven cores on one operand."""
 
+SMALL = 1 << 14
+"""Elements that cores without an index in common may have together, to be merged into one."""
+
 
 def best_trees(
     scheduler: Scheduler, merged: Callable[[tuple[int, ...]], Tree | None], keep: int, within: float
@@ -68,7 +71,8 @@ class _Search:
                 position = mask.bit_length() - 1
                 self.ways[mask] = [(0.0, self.scheduler.layout(position), position)]
             elif not mask & self.operands:
-                tree = self.merged(tuple(self._positions(mask))) if self._connected(mask) else None
+                joins = self._connected(mask) or self.scheduler.size(self._kept(mask)) <= SMALL
+                tree = self.merged(tuple(self._positions(mask))) if joins else None
                 self.ways[mask] = [] if tree is None else [(0.0, self._kept(mask), tree)]
             else:
                 self.ways[mask] = self._joined(mask)

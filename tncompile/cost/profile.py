@@ -122,6 +122,7 @@ class DeviceProfile:
     @lru_cache(maxsize=_CACHED)  # noqa: B019
     def conv_time(self, batch: int, channels: int, filters: int, space: int, itemsize: int) -> float:
         """Seconds for a 1×1 convolution of (batch, channels, space) by a constant (filters, channels)."""
+        space = -(-space // self.strip) * self.strip  # of an image, columns go by strips even where there are few
         return self.conv(batch, channels, filters, space) * max(1, itemsize / 4)
 
     @lru_cache(maxsize=_CACHED)  # noqa: B019

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from tncompile.errors import LoadError
+from tncompile.errors import LoadError, ParseError
 from tncompile.ir import Program
 from tncompile.ir import text as ir_text
 
@@ -23,4 +23,11 @@ def program_of(path: str | os.PathLike[str]) -> Program | None:
     except Exception as error:  # protobuf's own errors have no common base
         raise LoadError(f"{path}: not a readable ONNX file ({error})") from error
     text = {p.key: p.value for p in model.metadata_props}.get(KEY)
-    return None if text is None else ir_text.parse(text)
+    if text is None:
+        return None
+    try:
+        if not isinstance(text, str):  # protobuf gives the bytes of what is no UTF-8
+            raise ParseError("it is not text")
+        return ir_text.parse(text)
+    except ParseError as error:
+        raise LoadError(f"{path}: the program in its metadata is damaged ({error}); compile the model again") from error

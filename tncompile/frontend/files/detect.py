@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from tncompile.errors import LoadError
+from tncompile.frontend.files.archive import open_archive
 from tncompile.frontend.files.legacy import object_span
 
 _LARGEST_PICKLE = 1 << 28  # bytes of a model's structure; its tensors are apart
@@ -43,7 +44,7 @@ def detect(path: Path) -> str:
         return _detect_zip(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    if head[0] == 0x08 and 0 < head[1] < 64 and head[2:3] in _AFTER_IR_VERSION:
+    if head[0] == 0x08 and 0 < int.from_bytes(head[1:2], "little") < 64 and head[2:3] in _AFTER_IR_VERSION:
         return "ONNX"
     if head.startswith(b"\x89HDF"):
         return "HDF5"
@@ -62,7 +63,7 @@ def _is_index(path: Path) -> bool:
 
 def _detect_zip(path: Path) -> str:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_archive(path) as archive:
             names = [name.partition("/")[2] or name for name in archive.namelist()]
             if any(n.startswith("models/") and n.endswith(".json") for n in names):
                 return "exported program"
@@ -78,6 +79,8 @@ def _detect_zip(path: Path) -> str:
             if any(n.endswith(".npy") for n in names):
                 return "npz"
             return "zip"
+    except LoadError:
+        raise
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
         raise LoadError(
             f"{path}: truncated or corrupted, its archive cannot be read ({error}); copy or export it again"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tncompile.errors import LoadError
+from tncompile.frontend.files.archive import open_archive
 from tncompile.frontend.files.inputs import InputSpec
 from tncompile.frontend.mapped import PART, STAND_IN, MappedWeights
 from tncompile.frontend.trace import silence
@@ -101,7 +102,7 @@ def _checked_copy(path: Path) -> tuple[io.BytesIO, MappedWeights]:
     """
     copy, weights = io.BytesIO(), MappedWeights(path)
     seen: set[str] = set()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
+    with open_archive(path) as archive, zipfile.ZipFile(copy, "w") as checked:
         names = archive.namelist()
         root = names[0].partition("/")[0] if names else ""
         for name in names:

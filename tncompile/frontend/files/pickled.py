@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from tncompile.errors import LoadError
+from tncompile.frontend.files.archive import is_archive, open_archive
 from tncompile.frontend.files.detect import detect, globals_of
 from tncompile.frontend.files.factory import importable_here
 from tncompile.frontend.files.layers import FUNCTIONS, LAYERS, Rebuild, Record, allowed
@@ -31,7 +31,7 @@ def read(path: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(allowed()):
             warnings.simplefilter("ignore")
-            source = path if zipfile.is_zipfile(path) else io.BytesIO(without_sources(path.read_bytes()))
+            source = path if is_archive(path) else io.BytesIO(without_sources(path.read_bytes()))
             return torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, LoadError) as error:
         raise LoadError(
@@ -99,7 +99,7 @@ def _why(path: Path, error: Exception) -> str:
         return (
             f"a pickle that uses {names}: code beside torch's own layers could run when it is opened, so it is refused"
         )
-    if not zipfile.is_zipfile(path) and object_span(path.read_bytes()) is None:
+    if not is_archive(path) and object_span(path.read_bytes()) is None:
         return "a plain pickle, which could run code when it is opened, so it is refused"
     reason = str(error.__cause__ or error).strip().split("WeightsUnpickler error: ")[-1].split("\n")[0]
     return f"a pickle that could run code when it is opened, so it is refused ({reason[:160]})"
@@ -113,10 +113,10 @@ def _is_plain(name: str) -> bool:
 
 def _globals(path: Path) -> list[str]:
     try:
-        if not zipfile.is_zipfile(path):
+        if not is_archive(path):
             data = path.read_bytes()
             return [*globals_of(data[slice(*(object_span(data) or (0, len(data))))])]
-        with zipfile.ZipFile(path) as archive:
+        with open_archive(path) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
             return [*globals_of(archive.read(name))]
     except Exception:  # no more is to be known of a damaged file

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tncompile.errors import LoadError
+from tncompile.frontend.files.archive import open_archive
 from tncompile.frontend.files.detect import globals_of
 
 #: the parts that torch.jit.load reads; compiled code for phones and lists of lines stay behind
@@ -21,6 +22,10 @@ _LEFT = re.compile(
 )
 #: torch's own operators on files; the word alone is enough, so that no way to write a call escapes
 _TOUCHES_FILES = re.compile(rb"\b(save|from_file)\b")
+#: what makes an expression one level deeper; not the sign of a number in a list
+_OPERATORS = re.compile(rb"(?<![\[(,])(?<![\[(,] )[-+*/~%@]|\b(?:not|and|or|if)\b|\.(?=[A-Za-z_])")
+_BRACKETS = re.compile(rb"[\[({})\]]")
+_DEEPEST = 200  # levels, as in Python's own parser
 _SAFER = "export the module that it was made from: tncompile.save(module, example_inputs, path)"
 
 
@@ -55,7 +60,7 @@ def _checked_copy(path: Path) -> io.BytesIO:
     """
     copy = io.BytesIO()
     seen: set[str] = set()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
+    with open_archive(path) as archive, zipfile.ZipFile(copy, "w") as checked:
         names = archive.namelist()
         root = names[0].partition("/")[0] if names else ""
         for name in names:
@@ -66,6 +71,8 @@ def _checked_copy(path: Path) -> io.BytesIO:
                 raise LoadError(f"{path}: a TorchScript file with a part that it should not have ({name}); {_SAFER}")
             seen.add(name.lower())
             data = archive.read(name)  # checks the checksum
+            if part.endswith(".py") and _too_deep(data):
+                raise LoadError(f"{path}: damaged, or made to crash its reader: {name} is nested too deeply; {_SAFER}")
             reason = _harmful(part, data)
             if reason:
                 raise LoadError(
@@ -75,6 +82,19 @@ def _checked_copy(path: Path) -> io.BytesIO:
             checked.writestr(name, data)
     copy.seek(0)
     return copy
+
+
+def _too_deep(source: bytes) -> bool:
+    """Whether torch's parser, which calls itself at every level, could run out of stack."""
+    depth = 0
+    for bracket in _BRACKETS.findall(source):
+        depth += 1 if bracket in b"([{" else -1
+        if depth > _DEEPEST:
+            return True
+    return any(
+        len(line) - len(line.lstrip()) > 4 * _DEEPEST or sum(1 for _ in _OPERATORS.finditer(line)) > 5 * _DEEPEST
+        for line in source.splitlines()
+    )
 
 
 def _harmful(part: str, data: bytes) -> str:

@@ -103,7 +103,7 @@ def fill(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], path: Pat
 def _unwrapped(weights: Mapping[str, torch.Tensor], own: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     """Without the prefixes of DataParallel and torch.compile, where the model does not have them itself."""
     for prefix in _WRAPPERS:
-        if all(k.startswith(prefix) for k in weights) and not any(k.startswith(prefix) for k in own):
+        if weights and all(k.startswith(prefix) for k in weights) and not any(k.startswith(prefix) for k in own):
             return _unwrapped({k.removeprefix(prefix): v for k, v in weights.items()}, own)
     return weights
 

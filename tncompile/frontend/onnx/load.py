@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir
+from google.protobuf.message import Message
 
 from tncompile.errors import LoadError, UnsupportedError
 
@@ -39,6 +40,9 @@ def read(source: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
         raise LoadError(f"{name}: not a readable ONNX file, truncated or corrupted; copy or export it again") from error
     if not model.HasField("graph") or not model.graph.output:
         raise LoadError(f"{name}: an ONNX file without a graph or outputs; copy or export it again")
+    for text in _texts(model):
+        if isinstance(text, bytes):  # what protobuf gives where it is not UTF-8
+            raise LoadError(f"{name}: holds a name or text that is not UTF-8 ({text[:40]!r}); copy or export it again")
     folder = None if isinstance(source, bytes) else Path(source).resolve().parent
     for graph in graphs(model.graph):
         if graph.sparse_initializer:
@@ -128,6 +132,16 @@ def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     for attribute in node.attribute:
         for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
             yield from graphs(graph)
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """Every field of text in a message and those inside it."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            yield from [value] if isinstance(value, (str, bytes)) else value
+        elif field.type == field.TYPE_MESSAGE:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _texts(part)
 
 
 def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import onnx
@@ -26,7 +27,9 @@ def prepare(proto: onnx.ModelProto, source: str | os.PathLike[str] | bytes) -> o
     where the operator set cannot be upgraded.
     """
     try:
-        model = onnx_ir.from_proto(proto)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that say nothing
+            model = onnx_ir.from_proto(proto)
         if not isinstance(source, bytes):
             onnx_ir.external_data.set_base_dir(model.graph, Path(source).resolve().parent)
         onnx_passes.InlinePass()(model)
