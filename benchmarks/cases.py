@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m benchmarks.cases", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--only", type=_names, default=tuple(CASES), metavar="NAME,...", help="default: every case")
+    result.add_argument("--only", type=case_names, default=tuple(CASES), metavar="NAME,...", help="default: every case")
     result.add_argument("--batch", type=sizes, metavar="N,N,...", help="default: 1,16,256, of large models 1,8,32")
     result.add_argument("--against", type=ways, default=WAYS, metavar="WAY,...", help=f"default: {','.join(WAYS)}")
     result.add_argument("--device", choices=DEVICES, default="cpu", help="where to run (default cpu)")
@@ -51,12 +51,13 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in names if name not in CASES]
+def case_names(text: str) -> tuple[str, ...]:
+    """``"minilm_l6,crepe_tiny"`` -> names of cases; refuses others, as `argparse` wants it."""
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in found if name not in CASES]
     if unknown:
         raise argparse.ArgumentTypeError(f"no case {', '.join(unknown)}; the cases are {', '.join(CASES)}")
-    return names
+    return found
 
 
 def run(options: argparse.Namespace) -> int:

@@ -179,11 +179,16 @@ def _megabytes(result: Mapping[str, Any]) -> str:
 
 def filled(document: str, table: str) -> str:
     """A document with the table between its markers. TNCompileError where it has none."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise TNCompileError(f"the document has no lines {BEGIN} and {END} for the table to go between")
-    return f"{before}{BEGIN}\n\n{table}\n{END}{after}"
+    return between(document, table, BEGIN, END)
+
+
+def between(document: str, text: str, begin: str, end: str) -> str:
+    """A document with a text between two lines of it. TNCompileError where it does not have those."""
+    before, found, rest = document.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise TNCompileError(f"the document has no lines {begin} and {end} for the table to go between")
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
 
 
 def profiles(results: Results) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
-from tncompile.ir.core import NETWORK_DTYPES
+from tncompile.ir.core import NETWORK_DTYPES, Arg
 from tncompile.ir.edit import fresh
 from tncompile.passes.equals import selection
 from tncompile.passes.stacks import GETITEM, SLICE
@@ -52,12 +52,17 @@ def as_selections(program: Program) -> Program:
 
 def _piece(node: Opaque, program: Program, splits: dict[str, Opaque]) -> Piece | None:
     """What a slice or an element of a split reads, where all pieces of that width fill their axis."""
+    read: Arg
     if node.target == GETITEM and isinstance(node.args[0], Ref) and node.args[0].name in splits:
         source = splits[node.args[0].name]
-        axis = source.args[2] if len(source.args) > 2 else dict(source.kwargs).get("dim", 0)
-        read, start = source.args[0], None
+        sizes = source.args[1]
+        if isinstance(sizes, tuple) and len({*sizes}) > 1:
+            return None
+        read, axis = source.args[0], source.args[2] if len(source.args) > 2 else dict(source.kwargs).get("dim", 0)
+        counted, first = True, node.args[1]
     elif node.target == SLICE and len(node.args) == 4:
-        read, axis, start, _ = node.args
+        read, axis, first, _ = node.args
+        counted, first = False, 0 if first is None else first
     else:
         return None
     value = program.values.get(read.name) if isinstance(read, Ref) else None
@@ -68,14 +73,12 @@ def _piece(node: Opaque, program: Program, splits: dict[str, Opaque]) -> Piece |
     size, width = shape[axis], cut[axis]
     if not isinstance(size, int) or not isinstance(width, int) or not 0 < width < size or size % width:
         return None
-    if start is None:
-        position, sizes = node.args[1], source.args[1]
-        if not isinstance(position, int) or (isinstance(sizes, tuple) and len({*sizes}) > 1):
-            return None
-        return Piece(value, axis, width, position)
-    if not isinstance(start, int) or (start % size) % width:
+    if not isinstance(first, int):
         return None
-    return Piece(value, axis, width, (start % size) // width)
+    if counted:
+        return Piece(value, axis, width, first)
+    start = first if first >= 0 else max(first + size, 0)
+    return None if start % width else Piece(value, axis, width, start // width)
 
 
 def _split(piece: Piece, name: str, like: Node) -> Network:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tncompile
+from tncompile.errors import UnsupportedError
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.trace import trace
 from tncompile.passes import Clean, Context, Fold, MergeCores, Pipeline
@@ -128,3 +129,18 @@ class ClosedRing(torch.nn.Module):
 )
 def test_weights_that_are_not_taken_apart(module: torch.nn.Module, x: torch.Tensor) -> None:
     assert tncompile.compile(module.eval(), (x,)).report.check.passed
+
+
+@pytest.mark.parametrize(
+    ("function", "called"),
+    [
+        (lambda x: torch.linalg.svd(x)[1], "aten.linalg_svd"),  # which torch decomposes to another one first
+        (lambda x: torch.cdist(x, x), "aten.cdist"),
+        (lambda x: x.kthvalue(2)[0], "aten.kthvalue"),
+    ],
+)
+def test_what_the_exporter_lacks_is_named_with_its_line(function: Callable[..., Any], called: str) -> None:
+    model = Model(lambda _, x: function((x * 2).relu()) + 1)
+    with pytest.raises(UnsupportedError, match=rf"cannot translate {called}") as raised:
+        tncompile.compile(model, (torch.randn(3, 4),), check=False)
+    assert "test_awkward_models.py:" in str(raised.value) and "return self.function(" in str(raised.value)

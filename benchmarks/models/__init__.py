@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +26,28 @@ TENSORIZED, DENSE = "C", "A"
 
 
 @dataclass(frozen=True)
+class Shipped:
+    """The file that a model's authors give out, and the ``--input`` flags for fixed shapes and for a dynamic batch."""
+
+    path: Path
+    fixed: tuple[str, ...]
+    dynamic: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A module in inference mode, and tensors to call it on.
 
-    Along `batch_axis` the inputs may be repeated and cut to any batch size; None where the model fixes all shapes.
+    Along `batch_axis` the inputs may be repeated and cut to any batch size; None where they have no one axis of it.
+    `dynamic` is what ``tncompile.save`` takes as shapes for a dynamic batch. `shipped` is set where users have a file
+    rather than Python code.
     """
 
     module: torch.nn.Module
     inputs: tuple[torch.Tensor, ...]
     batch_axis: int | None = 0
+    dynamic: Any = "batch"
+    shipped: Shipped | None = None
 
     def at(self, batch: int | None) -> tuple[torch.Tensor, ...]:
         """The inputs at a batch size; None is the one they have."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import Loaded
+from benchmarks.models import Loaded, Shipped
 from benchmarks.models.inputs import digits, photos, sound
 from benchmarks.models.packages import folder, stand_in, torchvision
 
@@ -53,8 +53,10 @@ def silero_torchscript() -> Loaded:
     """The Silero voice detector as shipped, in TorchScript."""
     import silero_vad
 
-    script = torch.jit.load(folder(silero_vad) / "data" / "silero_vad.jit", map_location="cpu")  # type: ignore[no-untyped-call]
-    return Loaded(_FromSilence(script), (0.1 * sound(1, 512),), None)
+    path = folder(silero_vad) / "data" / "silero_vad.jit"
+    script = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    shipped = Shipped(path, ("x:float32[1,512]", "sr=16000"), ("x:float32[batch,512]", "sr=16000"))
+    return Loaded(_FromSilence(script), (0.1 * sound(1, 512),), None, shipped=shipped)
 
 
 class _Silero(nn.Module):

@@ -56,7 +56,9 @@ def _lstm(recurrent: Any) -> Loaded:
     if hasattr(projection, "reset_parameters"):  # 0.1.3 leaves its factors as memory was
         projection.reset_parameters()
     state = torch.zeros(4, 256)
-    return Loaded(_Classifier(recurrent), (torch.randn(6, 4, 2048), state, state.clone()), None)
+    batch = torch.export.Dim("batch")
+    inputs = (torch.randn(6, 4, 2048), state, state.clone())
+    return Loaded(_Classifier(recurrent), inputs, None, dynamic=({1: batch}, {0: batch}, {0: batch}))
 
 
 def ring_lstm() -> Loaded:

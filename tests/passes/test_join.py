@@ -106,6 +106,19 @@ def test_pieces_are_selections(count: int, width: int, axis: int) -> None:
     assert len(selections(after)) == count
 
 
+@pytest.mark.parametrize(("start", "end"), [("None", 2), (-9, 2), (-2, "None"), (2, 99)])
+def test_pieces_from_an_end(start: int | str, end: int | str) -> None:
+    program = program_of(f"""\
+program
+  input x: float64[3, 4]
+  opaque p: float64[3, 2] = aten.slice.Tensor(%x, 1, {start}, {end})
+  output p = p
+""")
+    after = as_selections(program)
+    assert len(selections(after)) == 1
+    same_numbers(program, after)
+
+
 def test_a_module_on_several_values() -> None:
     program = layers(4, 3, 2, shared=True, taken=True)
     nodes = []

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -54,7 +55,7 @@ def export(program: Program, traced: TracedModel) -> onnx_ir.Model:
                 },
             )
     except Exception as error:
-        raise _explain(error, program) from error
+        raise _explain(error, program, exported) from error
     finally:
         _values.clear()
     assert converted is not None
@@ -245,15 +246,37 @@ def _silent() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _explain(error: Exception, program: Program) -> UnsupportedError:
+_UNTRANSLATED = re.compile(r"translating node %(\S+) :.*?call_function\[target=torch\.ops\.([\w.]+)\]", re.DOTALL)
+
+
+def _explain(error: Exception, program: Program, exported: torch.export.ExportedProgram) -> UnsupportedError:
     """Name the operator and the user's line, which the exporter's error holds deep inside."""
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
         chain.append(str(cause))
         cause = cause.__cause__
-    for item in program.nodes:
-        if isinstance(item, Opaque) and any(f"%{item.output.name} " in text for text in chain):
-            return UnsupportedError(f"torch's ONNX exporter cannot translate {item.target}", item.source)
+    nodes = {n.output.name: n for n in program.nodes if isinstance(n, Opaque)}
+    for name, target in (found.groups() for text in chain for found in _UNTRANSLATED.finditer(text)):
+        origins = [name] if name in nodes and nodes[name].target == target else [*_origins(exported, target), name]
+        at_fault = next((nodes[origin] for origin in origins if origin in nodes), None)
+        if at_fault is not None:
+            part = "" if at_fault.target == target else f" (no ONNX for {target} in it)"
+            advice = "write it with other operations, or compute it outside the model"
+            return UnsupportedError(
+                f"torch's ONNX exporter cannot translate {at_fault.target}{part}; {advice}", at_fault.source
+            )
     first = next((line for text in reversed(chain) for line in text.splitlines() if line.strip()), "")
     return UnsupportedError(f"torch's ONNX exporter failed: {first[:300]}", SourceRef())
+
+
+def _origins(exported: torch.export.ExportedProgram, target: str) -> list[str]:
+    """Names of the nodes that have this operator inside, once they are decomposed as far as the exporter does."""
+    table = {**torch.export.default_decompositions(), **torch._decomp.decomposition_table}
+    try:
+        with _silent():
+            decomposed = exported.run_decompositions(table)
+    except Exception:  # the exporter's error is the one to tell
+        return []
+    inside = (n for n in decomposed.graph.nodes if n.op == "call_function" and str(n.target) == target)
+    return [source.name for node in inside for source in node.meta.get("from_node", ())]

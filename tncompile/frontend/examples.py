@@ -74,8 +74,11 @@ def _traced(
         return trace(module, args, kwargs, shapes(dims))
     except UnsupportedError:
         pass
-    try:
-        program = trace(module, args, kwargs, shapes(dict.fromkeys(sizes, torch.export.Dim.AUTO)))
+    symbolic = [[axis for axis, d in enumerate(spec.dims) if isinstance(d, str)] for spec in specs]
+    batch_alone = len(sizes) == 1 and all(axes == [0] for axes in symbolic)
+    try:  # a batch alone may be dynamic all the same, see `tncompile.frontend.retrace`
+        automatic = "batch" if batch_alone else shapes(dict.fromkeys(sizes, torch.export.Dim.AUTO))
+        program = trace(module, args, kwargs, automatic)
     except UnsupportedError:
         program = trace(module, args, kwargs, None)
     kept = _dynamic(program, specs)
@@ -83,7 +86,7 @@ def _traced(
     if lost and not given:
         asked = " ".join(f'--input "{_upper(spec, lost)}"' for spec in specs)
         raise LoadError(f"the model fixes {' and '.join(lost)} when it is traced; add {asked} with your sizes")
-    if lost:
+    if lost and not batch_alone:  # else that is told already, with the line
         fixed = ", ".join(f"{name} to {sizes[name]}" for name in lost)
         warnings.warn(
             f"the model fixes {fixed}: it cannot be traced otherwise; give the size that you need in its place",

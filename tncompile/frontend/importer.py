@@ -111,20 +111,18 @@ class _Importer:
     # -------------------------------------------------------------------------------- inputs
 
     def _name_symbols(self, inputs: Sequence[torch.fx.Node]) -> None:
-        """Call the first input's first dynamic mode ``batch``; other symbols keep torch's names."""
-        for node in inputs:
-            value = node.meta.get("val")
-            if not isinstance(value, torch.Tensor):
-                continue
-            for axis, size in enumerate(value.shape):
-                if isinstance(size, int):
-                    continue
-                for symbol in sorted(map(str, size.node.expr.free_symbols)):
-                    batch = axis == 0 and "batch" not in self.symbols.values()
-                    self.symbols.setdefault(symbol, "batch" if batch else symbol)
+        """Call the first dynamic mode that is any input's first ``batch``; other symbols keep torch's names."""
+        shapes = [node.meta["val"].shape for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
+        leading = (size for shape in shapes for size in shape[:1] if not isinstance(size, int))
+        for symbol in (s for size in leading for s in sorted(map(str, size.node.expr.free_symbols))):
+            self.symbols[symbol] = "batch"
+            break
+        for size in (size for shape in shapes for size in shape if not isinstance(size, int)):
+            for symbol in sorted(map(str, size.node.expr.free_symbols)):
+                self.symbols.setdefault(symbol, symbol)
+            if str(size.node.expr) in self.symbols:
                 hint = size.node.hint if size.node.has_hint() else None
-                if str(size.node.expr) in self.symbols:
-                    self.sizes.setdefault(self.symbols[str(size.node.expr)], int(hint) if hint is not None else 2)
+                self.sizes.setdefault(self.symbols[str(size.node.expr)], int(hint) if hint is not None else 2)
 
     def _placeholder(self, node: torch.fx.Node, spec: Any) -> None:
         if spec.kind == InputKind.USER_INPUT:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tncompile.errors import TNCompileWarning, UnsupportedError
+from tncompile.errors import SourceRef, TNCompileWarning, UnsupportedError
 from tncompile.frontend.adapters import adapted
+from tncompile.frontend.retrace import retraced
 
 
 def trace(
@@ -39,16 +42,27 @@ def trace(
         args, kwargs = _doubled(given)
         dynamic_shapes = _first_modes(_bound(module, args, kwargs or {}))
     with whole_einsums(), adapted(module):
-        exported = _export(module, args, kwargs, dynamic_shapes)
-        if automatic and args is not given[0] and _has_batch(args) and not exported.range_constraints:
+        with fixed_sizes() as fixed:
+            exported = _export(module, args, kwargs, dynamic_shapes)
+        lost = automatic and _has_batch(args) and not exported.range_constraints
+        again = retraced(module, args, kwargs, _export) if lost else None
+        if lost and again is None and args is not given[0]:
             exported = _export(module, *given, None)  # fixed: to the example's own size, not to twice that
-    if automatic and _has_batch(args) and not exported.range_constraints:
-        warnings.warn(
-            f"{type(module).__name__} fixes the batch to the example's: it cannot be traced otherwise",
-            TNCompileWarning,
-            stacklevel=3,
-        )
-    return exported
+    if lost:
+        _warn_of_fixed(module, fixed, again is not None)
+    return exported if again is None else again
+
+
+def _warn_of_fixed(module: torch.nn.Module, fixed: Sequence[SourceRef], recovered: bool) -> None:
+    """Say that the code fixes the batch, and where; `recovered` as a dynamic one all the same."""
+    where = f" at {fixed[0]} ({fixed[0].code})" if fixed else ""
+    told = (
+        f"reads the batch as a plain number{where}; it is dynamic all the same, as traces at three batch sizes tell: "
+        "what it decides by the batch is taken to be as there"
+        if recovered
+        else f"fixes the batch to the example's{where}: it cannot be traced otherwise"
+    )
+    warnings.warn(f"{type(module).__name__} {told}", TNCompileWarning, stacklevel=4)
 
 
 def _first_modes(value: Any) -> Any:
@@ -95,12 +109,36 @@ def _export(module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any) -> tor
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Keep torch from logging what is raised as well."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    logger = logging.getLogger("torch")
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [logging.NullHandler()], False
     try:
         yield
     finally:
-        logging.disable(before)
+        logger.handlers, logger.propagate = before
+
+
+@contextlib.contextmanager
+def fixed_sizes() -> Iterator[list[SourceRef]]:
+    """The lines of code that make torch.export fix a dynamic size while this runs, as its structured log tells them."""
+    found: list[SourceRef] = []
+
+    class Watcher(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "symbolic_shape_specialization" in (getattr(record, "metadata", None) or {}):
+                found.extend(_innermost())
+
+    logger, watcher = logging.getLogger("torch.__trace"), Watcher(logging.DEBUG)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(watcher)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield found
+    finally:
+        logger.removeHandler(watcher)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @contextlib.contextmanager
@@ -113,3 +151,12 @@ def whole_einsums() -> Iterator[None]:
         yield
     finally:
         backend.enabled = before
+
+
+def _innermost() -> list[SourceRef]:
+    """The innermost line of the module that is being exported, or of a library that it calls, outside torch."""
+    stack = traceback.extract_stack()
+    start = max(k for k, frame in enumerate(stack) if frame.filename == __file__ and frame.name == "_export")
+    folders = tuple(str(Path(file).parent) for file in (__file__, torch.__file__, logging.__file__))
+    inside = [f for f in stack[start:] if not f.filename.startswith(folders) and not f.filename.startswith("<")]
+    return [SourceRef("", f.filename, f.lineno or 0, f.line or "") for f in inside[-1:]]
