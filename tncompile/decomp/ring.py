@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from tncompile.decomp import tree
+from tncompile.decomp import ring_als, tree
 from tncompile.decomp.base import Axes, Factorized, Labels, as_modes, mode_names, normal_axes
 from tncompile.decomp.cp import refitted
+from tncompile.decomp.cut import Cut, truncate
 from tncompile.decomp.ranks import EXACT, NoGainError, Ranks, Sizes, clamp
 from tncompile.decomp.tensor_train import TensorTrain
 from tncompile.errors import TNCompileError
@@ -41,6 +42,9 @@ class Ring(Factorized):
     def from_dense(cls, dense: Any, axes: Sequence[Sequence[int]] | None = None, ranks: Ranks = EXACT) -> Self:
         """TR-SVD. Given ranks are ``r0, r1, ...``; exactly, or where that is smaller, the ring is a train (``r0 = 1``).
 
+        TR-SVD cannot make ``r0 * r1`` larger than the first mode. Such ranks are reached by alternating least squares
+        from there, and `bound` is then the error as measured.
+
         Raises NoGainError where the result is no smaller than the tensor.
         """
         axes = normal_axes(axes or [(n,) for n in np.shape(dense)])
@@ -61,8 +65,11 @@ class Ring(Factorized):
         asked, notes = clamp(ranks.named([f"r{k}" for k in range(tensor.ndim)]), lambda r: _limits(tensor.shape, r))
         wanted, _ = clamp(asked, lambda r: {"r0": tensor.shape[0], "r1": max(1, tensor.shape[0] // r["r0"])})
         matrix = tensor.reshape(1, tensor.shape[0], -1)
-        found = _closed(tensor, tree.truncate(matrix, wanted["r0"] * wanted["r1"]), wanted["r0"], wanted["r1"], wanted)
-        return cls(found.cores, axes, found.bound, notes + found.notes)
+        found = _closed(tensor, truncate(matrix, wanted["r0"] * wanted["r1"]), wanted["r0"], wanted["r1"], wanted)
+        if wanted == asked:
+            return cls(found.cores, axes, found.bound, notes + found.notes)
+        refined = ring_als.refine(tensor, found.cores, tuple(asked.values()))
+        return cls(refined.cores, axes, refined.error, notes)
 
     @classmethod
     def _to_error(cls, tensor: Array, axes: Axes, error: float) -> Self:
@@ -76,7 +83,7 @@ class Ring(Factorized):
             beyond = np.append(np.cumsum((values**2)[::-1])[::-1], 0.0)
             return max(1, int(np.argmax(beyond <= allowed)))
 
-        cut = tree.truncate(tensor.reshape(1, tensor.shape[0], -1), pick)
+        cut = truncate(tensor.reshape(1, tensor.shape[0], -1), pick)
         rank = cut.left.shape[2]
         left = max(k for k in range(1, math.isqrt(rank) + 1) if rank % k == 0)
         if left == 1:
@@ -142,15 +149,15 @@ def _chain(shape: Sequence[int]) -> tree.Tree:
 
 
 def _limits(shape: Sequence[int], ranks: Sizes) -> dict[str, int]:
-    """The largest rank of each bond that its neighbours can use; the first mode has both ``r0`` and ``r1``."""
+    """The largest rank of each bond that the cores at its ends can use."""
     count = len(shape)
-    limits = {"r0": shape[0], "r1": max(1, shape[0] // ranks["r0"])}
-    for k in range(2, count):
-        limits[f"r{k}"] = min(ranks[f"r{k - 1}"] * shape[k - 1], shape[k] * ranks[f"r{(k + 1) % count}"])
-    return limits
+    return {
+        f"r{k}": min(ranks[f"r{(k - 1) % count}"] * shape[k - 1], shape[k] * ranks[f"r{(k + 1) % count}"])
+        for k in range(count)
+    }
 
 
-def _closed(tensor: Array, cut: tree.Cut, left: int, right: int, rest: Sizes | float) -> tree.Result:
+def _closed(tensor: Array, cut: Cut, left: int, right: int, rest: Sizes | float) -> tree.Result:
     """The ring whose first core is a cut of ``left * right`` values, its others a train to ranks or an error."""
     shape = tensor.shape
     notes: tuple[str, ...] = ()

@@ -20,15 +20,13 @@ from functools import cached_property
 
 import numpy as np
 
-from tncompile.decomp import blocks, randomized
+from tncompile.decomp import blocks
 from tncompile.decomp.base import Labels, bonds_of
-from tncompile.decomp.ranks import Ranks, Sizes, clamp, rounding
+from tncompile.decomp.cut import SAFE, Cut, singular_values, truncate
+from tncompile.decomp.ranks import Ranks, Sizes, clamp
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
 from tncompile.ir.evaluate import Labelled, einsum
-
-LARGE = 1024
-"""A matrix with both sides this long is truncated by `randomized.svd` where at most an eighth of its rank is kept."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +99,6 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """``left[batch, rows, rank]`` orthonormal, ``rest[batch, rank, columns]``, all values, and the squares left out."""
-
-    left: Array
-    rest: Array
-    values: Array
-    dropped: float
-
-
-@dataclass(frozen=True)
 class Result:
     """Cores with the square of the error they make, that of the norm of the tensor, and notes."""
 
@@ -153,7 +141,8 @@ def _in_memory(tensor: Array, tree: Tree, ranks: Ranks) -> Result:
         bond = tree.bonds[0]
         picks[bond] = lambda values: ranks.choose({bond: values}, tree.parameters, norm)[bond]
     else:
-        spectra = {} if ranks.given is not None else _spectra(whole, tree)
+        exact = ranks.parameters is None and (ranks.error or 0.0) ** 2 <= SAFE
+        spectra = {} if ranks.given is not None else _spectra(whole, tree, exact)
         picks.update(
             ranks.named(tree.bonds)
             if ranks.given is not None
@@ -222,37 +211,15 @@ def _out_of_core(tensor: Array, tree: Tree, ranks: Ranks, memory: int) -> Result
     return Result(tuple(cores), dropped + rest_result.dropped, math.sqrt(whole), rest_result.notes)
 
 
-def truncate(matrix: Array, pick: int | Callable[[Array], int]) -> Cut:
-    """The best approximation of each ``matrix[batch, rows, columns]`` by one rank, given or picked from their values.
+def _spectra(whole: Labelled, tree: Tree, exact: bool) -> dict[str, Array]:
+    """The singular values of the tensor at each cut, in the order of `Tree.bonds`.
 
-    Values that are rounding are always left out.
+    Where they need not be exact, those below 1e-8 of the largest are noise, in large matrices.
     """
-    batch, rows, columns = matrix.shape
-    if isinstance(pick, int) and batch == 1 and min(rows, columns) >= LARGE and pick * 8 <= min(rows, columns):
-        found = randomized.svd(randomized.InMemory(matrix[0]), pick)
-        return Cut(found.left[None], (found.values[:, None] * found.right)[None], found.values, found.dropped)
-    left, each, right = np.linalg.svd(matrix, full_matrices=False)
-    values = _pooled(each, rows, columns)
-    rank = pick if isinstance(pick, int) else pick(values)
-    rank = max(1, min(rank, len(values)))
-    rest = each[:, :rank, None] * right[:, :rank]
-    return Cut(left[:, :, :rank], rest, values, float(np.sum(each[:, rank:] ** 2)))
-
-
-def _pooled(each: Array, rows: int, columns: int) -> Array:
-    """Singular values ``[batch, k]`` as one decreasing sequence, without those that are rounding."""
-    values = np.sqrt(np.sum(each**2, axis=0))
-    largest = float(values[0]) if len(values) else 0.0
-    return np.asarray(values[values > rounding(rows, columns, largest)])
-
-
-def _spectra(whole: Labelled, tree: Tree) -> dict[str, Array]:
-    """The singular values of the tensor at each cut, in the order of `Tree.bonds`."""
     found = {}
     for edge in tree.edges:
         matrix, _ = _unfold(whole, edge.batch, [n for n in whole[1] if n in edge.below])
-        _, rows, columns = matrix.shape
-        found[edge.bond] = _pooled(np.linalg.svd(matrix, compute_uv=False), rows, columns)
+        found[edge.bond] = singular_values(matrix, exact)
     return {bond: found[bond] for bond in tree.bonds}
 
 
