@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -75,22 +75,20 @@ def fit(tensor: Array, ranks: Ranks, per_rank: int) -> tuple[Components, tuple[s
     """
     norm = float(np.linalg.norm(tensor))
     most = tensor.size // max(tensor.shape)
-    if norm == 0:
-        return Components(np.zeros(1), tuple(np.zeros((n, 1)) for n in tensor.shape), 0.0), ()
-    if tensor.ndim == 2:
-        return _svd(tensor, ranks, norm, per_rank)
-    if ranks.given is None and ranks.parameters is None:
-        return (_least(tensor, ranks.error, norm, most) if ranks.error else exact(tensor)), ()
     if ranks.parameters is not None:
         if ranks.parameters < per_rank:
             raise NoGainError(f"even with rank 1 there are {per_rank:,} parameters, more than {ranks.parameters:,}")
-        wanted = ranks.parameters // per_rank
-    else:
-        (wanted,) = ranks.named(["r1"]).values()
+        ranks = replace(ranks, given=min(ranks.parameters // per_rank, most), parameters=None)
+    if norm == 0:
+        return Components(np.zeros(1), tuple(np.zeros((n, 1)) for n in tensor.shape), 0.0), ()
+    if tensor.ndim == 2:
+        return _svd(tensor, ranks)
+    if ranks.given is None:
+        return (_least(tensor, ranks.error, norm, most) if ranks.error else exact(tensor)), ()
+    (wanted,) = ranks.named(["r1"]).values()
     if wanted < most:
         return als(tensor, wanted, norm), ()
-    note = f"rank {wanted} of r1 is {most}: more is of no use"
-    return exact(tensor), ((note,) if wanted > most and ranks.given is not None else ())
+    return exact(tensor), ((f"rank {wanted} of r1 is {most}: more is of no use",) if wanted > most else ())
 
 
 def als(tensor: Array, rank: int, norm: float, iterations: int = 200) -> Components:
@@ -125,14 +123,10 @@ def _start(tensor: Array, rank: int) -> list[Array]:
     return start
 
 
-def _svd(tensor: Array, ranks: Ranks, norm: float, per_rank: int) -> tuple[Components, tuple[str, ...]]:
+def _svd(tensor: Array, ranks: Ranks) -> tuple[Components, tuple[str, ...]]:
     """The best sum of products of two vectors."""
     rows, columns = tensor.shape
     tree = Tree((("n1", "r1"), ("r1", "n2")), (("n1", rows), ("n2", columns)), 1)
-    if ranks.parameters is not None:
-        if ranks.parameters < per_rank:
-            raise NoGainError(f"even with rank 1 there are {per_rank:,} parameters, more than {ranks.parameters:,}")
-        ranks = Ranks(given=ranks.parameters // per_rank)
     result = decompose(tensor, tree, ranks)
     weights, factors = normalized(np.ones(result.cores[0].shape[1]), (result.cores[0], result.cores[1].T))
     return Components(weights, factors, result.bound), result.notes

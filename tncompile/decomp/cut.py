@@ -12,13 +12,12 @@ from tncompile.decomp.ranks import rounding
 from tncompile.ir import Array
 
 LARGE = 2048
-"""A matrix with both sides this long is truncated by `randomized.svd` where at most an eighth of its rank is kept."""
-
+"""A matrix with both sides this long may be truncated by `randomized.svd`, to an eighth of its rank at most."""
 
 GRAM = 64
 """A matrix with both sides this long is first tried by the eigenvectors of its Gram matrix, several times as fast."""
 
-SAFE = 1e-8
+SAFE = 1e-6
 """The relative squared error from which on those are exact enough: they lose values below 1e-8 of the largest."""
 
 
@@ -32,13 +31,19 @@ class Cut:
     dropped: float
 
 
-def truncate(matrix: Array, pick: int | Callable[[Array], int]) -> Cut:
+def truncate(matrix: Array, pick: int | Callable[[Array], int], nearly: bool = False) -> Cut:
     """The best approximation of each ``matrix[batch, rows, columns]`` by one rank, given or picked from their values.
 
-    Values that are rounding are always left out.
+    Values that are rounding are always left out. `nearly`: one that is nearly the best will do, where that is faster.
     """
     batch, rows, columns = matrix.shape
-    if isinstance(pick, int) and batch == 1 and min(rows, columns) >= LARGE and pick * 8 <= min(rows, columns):
+    if (
+        nearly
+        and isinstance(pick, int)
+        and batch == 1
+        and min(rows, columns) >= LARGE
+        and pick * 8 <= min(rows, columns)
+    ):
         found = randomized.svd(randomized.InMemory(matrix[0]), pick)
         return Cut(found.left[None], (found.values[:, None] * found.right)[None], found.values, found.dropped)
     if batch == 1 and min(rows, columns) >= GRAM:
@@ -75,7 +80,7 @@ def pooled(each: Array, rows: int, columns: int) -> Array:
 
 
 def singular_values(matrix: Array, exact: bool) -> Array:
-    """The values of ``matrix[batch, rows, columns]`` as one sequence, where `exact` is not needed perhaps by Gram matrices."""
+    """The values of ``matrix[batch, rows, columns]`` as one sequence; if not `exact`, perhaps by a Gram matrix."""
     batch, rows, columns = matrix.shape
     if exact or batch > 1 or min(rows, columns) < GRAM:
         return pooled(np.linalg.svd(matrix, compute_uv=False), rows, columns)

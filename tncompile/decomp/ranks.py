@@ -74,7 +74,7 @@ class Ranks:
 
         if self.parameters is None:
             dropped = np.append(np.cumsum((values**2)[::-1])[::-1], 0.0)
-            limit = (self.error or 0.0) * norm
+            limit = (self.error or 0.0) * norm * (1 - 1e-5)  # the values may be rounded
             return ranks(int(np.argmax(dropped <= limit**2)))
         if size(ranks(0)) > self.parameters:
             raise NoGainError(

@@ -13,7 +13,7 @@ from tncompile.decomp import ring_als, tree
 from tncompile.decomp.base import Axes, Factorized, Labels, as_modes, mode_names, normal_axes
 from tncompile.decomp.cp import refitted
 from tncompile.decomp.cut import Cut, truncate
-from tncompile.decomp.ranks import EXACT, NoGainError, Ranks, Sizes, clamp
+from tncompile.decomp.ranks import EXACT, Ranks, Sizes, clamp
 from tncompile.decomp.tensor_train import TensorTrain
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
@@ -93,18 +93,17 @@ class Ring(Factorized):
 
     @classmethod
     def _smallest_error(cls, tensor: Array, axes: Axes, parameters: int) -> Self:
-        """The largest of the rings found by halving the error that has so many parameters at most."""
-        best, low, high = None, 0.0, 1.0 - 1e-9
-        for _ in range(24):
-            middle = (low + high) / 2 if best is not None else high
+        """The nearest of the train of this size, and of the rings found by halving the error, that are no larger."""
+        train = tree.decompose(tensor, _chain(tensor.shape), Ranks(parameters=parameters))
+        best = cls(train.cores, axes, train.bound)
+        low, high = 0.0, train.bound
+        for _ in range(12):
+            middle = (low + high) / 2
             found = cls._to_error(tensor, axes, middle)
             if found.parameters <= parameters:
                 best, high = found, middle
-            elif best is None:
-                raise NoGainError(f"even with every rank 1 a ring has more than {parameters:,} parameters")
             else:
                 low = middle
-        assert best is not None
         return best
 
     def canonical(self, center: int = -1) -> Self:

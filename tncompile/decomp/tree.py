@@ -154,7 +154,7 @@ def _in_memory(tensor: Array, tree: Tree, ranks: Ranks) -> Result:
         rows = tree.rows(edge.child, edge)
         matrix, back = _unfold(whole, edge.batch, rows)
         pick = picks[edge.bond]
-        cut = truncate(matrix, pick)
+        cut = truncate(matrix, pick, nearly=ranks.given is not None)
         rank = cut.left.shape[2]
         if ranks.given is not None and isinstance(pick, int) and rank < pick:
             notes.append(f"rank {pick} of {edge.bond} is {rank}: the rest would be zeros")
