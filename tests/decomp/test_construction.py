@@ -255,18 +255,29 @@ def test_a_tensor_larger_than_memory_is_read_in_blocks(kind: Any, tmp_path: Path
     mapped = np.load(tmp_path / "w.npy", mmap_mode="r")
     for ranks in (Ranks(given=4), Ranks(error=0.2, larger=True)):
         inside = kind.from_dense(mapped, axes, ranks)
-        outside = kind.from_dense(mapped, axes, ranks, memory=dense.size * 8 - 1)
+        outside = kind.from_dense(mapped, axes, ranks, memory=dense.size * 6)
         assert outside.error(dense) <= outside.bound + 1e-6  # float32 numbers
         assert outside.bound <= (1.1 * inside.bound + 1e-6 if ranks.given else 0.2)
     monkeypatch.setattr("tncompile.decomp.blocks.GRAM_ROWS", 1)  # then the range is found by sampling
-    outside = kind.from_dense(mapped, axes, Ranks(given=4), memory=dense.size * 8 - 1)
+    outside = kind.from_dense(mapped, axes, Ranks(given=4), memory=dense.size * 6)
     assert outside.error(dense) <= outside.bound + 1e-6
     if kind is not TensorTrain:
-        sized = kind.from_dense(mapped, axes, Ranks(parameters=500), memory=dense.size * 8 - 1)
+        sized = kind.from_dense(mapped, axes, Ranks(parameters=500), memory=dense.size * 6)
         assert 400 <= sized.parameters <= 500
     else:
         with pytest.raises(TNCompileError, match="larger than memory"):
-            kind.from_dense(mapped, axes, Ranks(parameters=500), memory=dense.size * 8 - 1)
+            kind.from_dense(mapped, axes, Ranks(parameters=500), memory=dense.size * 6)
+
+
+@pytest.mark.parametrize("kind", [TensorTrain, MatrixTrain, Hierarchical])
+@pytest.mark.parametrize("ranks", [Ranks(error=0.1), Ranks(given=4)])
+def test_out_of_core_goes_on_where_the_first_mode_cannot_shrink(kind: Any, ranks: Ranks) -> None:
+    axes = ((4, 4, 6), (4, 4, 6))
+    dense = kind.from_dense(random(axes, 13), axes, Ranks(given=4)).dense()
+    dense = dense + 0.02 * np.std(dense) * random(axes, 14)
+    found = kind.from_dense(dense, axes, ranks, memory=dense.size * 4)
+    assert found.error(dense) <= found.bound + 1e-7 <= 0.1 + 1e-7
+    assert [core.ndim for core in found.cores] == [len(names) for names in found.labels]
 
 
 def test_large_matrices_keep_their_promises(monkeypatch: Any) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.decomp.strategies import FORMATS, ROUNDING, TREES, axes_for, matrices, random
 from tncompile.decomp import BlockTrain, MatrixTrain, NoGainError, Ranks, TensorTrain, Tucker, inflate, truncate
 from tncompile.errors import TNCompileError
-from tncompile.ir import evaluate
+from tncompile.ir import Program, Value, evaluate, verify
 
 ANY_SIZE = Ranks(larger=True)
 few = settings(max_examples=8, deadline=None)
@@ -150,7 +150,9 @@ def test_the_network_computes_the_layer(kind: Any, data: st.DataObject) -> None:
     axes = data.draw(axes_for(kind))
     found = kind.from_dense(random(axes, 5), axes, Ranks(given=2, larger=True))
     x = np.random.default_rng(6).standard_normal((3, found.shape[0]))
-    value = evaluate(found.network("fc", "float64"), {"x": x})
+    network = found.network("fc", "float64")
+    verify(Program((Value("x", "float64", ("batch", found.shape[0])),), (network,), (("y", "y"),)))
+    value = evaluate(network, {"x": x})
     np.testing.assert_allclose(value, x @ found.dense(), rtol=0, atol=1e-11)
 
 
@@ -192,6 +194,12 @@ def test_inflated_modules_compute_the_same_and_can_be_trained() -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in larger.parameters())
     smaller = truncate(larger, Ranks(given=2))
     torch.testing.assert_close(smaller(x), module(x), rtol=0, atol=1e-12)
+
+
+def test_modes_are_balanced_where_none_are_named() -> None:
+    dense = random(((24,), (36,)), 15)
+    assert MatrixTrain.from_dense(dense, ranks=Ranks(given=2)).axes == ((4, 6), (6, 6))
+    assert BlockTrain.from_dense(dense, ranks=Ranks(given=1)).axes == ((4, 6), (6, 6))
 
 
 def test_ranks_above_the_useful_one_are_clamped_and_said() -> None:

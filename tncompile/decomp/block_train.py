@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tncompile.decomp import modes
 from tncompile.decomp.base import Axes, Labels
 from tncompile.decomp.treeformat import TreeFactorized
 from tncompile.errors import TNCompileError
@@ -22,6 +24,11 @@ class BlockTrain(TreeFactorized):
     """
 
     KIND: ClassVar[str] = "block train"
+
+    @classmethod
+    def default_axes(cls, shape: Sequence[int]) -> Axes:
+        """Two balanced modes for each axis."""
+        return tuple(modes.balanced(size, 2) for size in shape)
 
     @classmethod
     def layout(cls, axes: Axes) -> Labels:

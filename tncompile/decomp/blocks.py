@@ -40,6 +40,10 @@ def pieces(tensor: Array, first: int, last: int, elements: int) -> Iterator[tupl
     yield from itertools.product(*cuts)
 
 
+class TooLargeError(TNCompileError):
+    """What a truncation leaves does not fit into memory."""
+
+
 @dataclass(frozen=True)
 class Blocked:
     """A tensor, such as a `numpy.memmap` or a transposed view of one, whose first `lead` axes are rows of a matrix."""
@@ -91,7 +95,7 @@ def split(tensor: Array, lead: int, rank: int | None, error: float, memory: int)
 
     `rank`, or where it is None the relative error, says how much is kept. Returned with them are the sum of squares
     that is left out and that of the whole. With few rows U comes from the Gram matrix, so that singular values below
-    1e-8 of the largest are lost; otherwise from `randomized.svd`. Raises TNCompileError where ``U'A`` does not fit.
+    1e-8 of the largest are lost; otherwise from `randomized.svd`. Raises TooLargeError where ``U'A`` does not fit.
     """
     matrix = Blocked(tensor, lead, max(1, memory // 32))
     whole = matrix.squared_norm()
@@ -110,8 +114,8 @@ def split(tensor: Array, lead: int, rank: int | None, error: float, memory: int)
     kept = rank if rank is not None else max(1, int(np.argmax(beyond <= error**2 * whole)))
     kept = min(kept, rows)
     if kept * columns * 8 > memory:
-        raise TNCompileError(
-            f"the first rank of {kept} leaves {kept * columns * 8:,} bytes, more than the {memory:,} of memory: "
+        raise TooLargeError(
+            f"a first rank of {kept} leaves {kept * columns * 8:,} bytes, more than the {memory:,} of memory: "
             "give a smaller first rank, a larger error or more memory"
         )
     left = np.ascontiguousarray(vectors[:, :kept])

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tncompile.decomp import tree
-from tncompile.decomp.base import Axes, Factorized, mode_names, normal_axes
+from tncompile.decomp import modes, tree
+from tncompile.decomp.base import Factorized, mode_names, normal_axes
 from tncompile.decomp.block_train import BlockTrain
 from tncompile.decomp.cp import CP
 from tncompile.decomp.hierarchical import Hierarchical
@@ -51,19 +51,13 @@ def matrix_train(train: TensorTrain, axes: Sequence[Sequence[int]]) -> MatrixTra
     The inverse of ``convert(matrix_train, TensorTrain)``. Raises TNCompileError where the sizes differ.
     """
     axes = normal_axes(axes)
-    sites = tuple(math.prod(_leg_sizes(axes, labels)) for labels in MatrixTrain.layout(axes))
+    MatrixTrain.layout(axes)  # raises where they are no matrix's
+    legs = modes.paired(*axes)
+    sites = tuple(map(math.prod, legs))
     if sites != tuple(train.modes.values()):
         raise TNCompileError(f"modes {tuple(train.modes.values())} of the train are not the products {sites} of {axes}")
-    cores = [
-        core.reshape(core.shape[0], *_leg_sizes(axes, labels), core.shape[2])
-        for core, labels in zip(train.cores, MatrixTrain.layout(axes), strict=True)
-    ]
+    cores = [core.reshape(len(core), *pair, core.shape[2]) for core, pair in zip(train.cores, legs, strict=True)]
     return MatrixTrain(tuple(cores), axes, train.bound, train.notes)
-
-
-def _leg_sizes(axes: Axes, labels: Sequence[str]) -> tuple[int, int]:
-    sizes = dict(zip(mode_names(axes), (*axes[0], *axes[1]), strict=True))
-    return sizes.get(labels[1], 1), sizes.get(labels[2], 1)
 
 
 def _svd_to_train(source: SVD) -> TensorTrain:
@@ -80,8 +74,8 @@ def _svd_to_train(source: SVD) -> TensorTrain:
 def _chain(tensor: Array) -> tuple[Array, ...]:
     """The exact train of a small tensor."""
     axes = (tensor.shape,)
-    modes = tuple(zip(mode_names(axes), tensor.shape, strict=True))
-    return tree.decompose(tensor, tree.Tree(TensorTrain.layout(axes), modes, tensor.ndim - 1), EXACT).cores
+    named = tuple(zip(mode_names(axes), tensor.shape, strict=True))
+    return tree.decompose(tensor, tree.Tree(TensorTrain.layout(axes), named, tensor.ndim - 1), EXACT).cores
 
 
 def _train_to_ring(source: TensorTrain) -> Ring:

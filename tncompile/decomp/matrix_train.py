@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +22,12 @@ class MatrixTrain(TreeFactorized):
     """
 
     KIND: ClassVar[str] = "TT-matrix"
+
+    @classmethod
+    def default_axes(cls, shape: Sequence[int]) -> Axes:
+        """Balanced modes, two or three for each axis."""
+        count = max(2, min(3, *map(modes.useful_count, shape)))
+        return tuple(modes.balanced(size, count) for size in shape)
 
     @classmethod
     def layout(cls, axes: Axes) -> Labels:

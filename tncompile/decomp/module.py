@@ -97,7 +97,8 @@ class FactorizedModule(torch.nn.Module):
     def with_cores(self, factorized: Factorized) -> FactorizedModule:
         """The same layer, with its bias and permutation, over other cores."""
         bias = None if self.bias is None else self.bias.detach().cpu().double().numpy()
-        return FactorizedModule(factorized, self.dtype, bias, self.permutation).train(self.training)
+        device = next(self.parameters()).device
+        return FactorizedModule(factorized, self.dtype, bias, self.permutation).train(self.training).to(device)
 
     def extra_repr(self) -> str:
         """Sizes, for printing the model."""

@@ -184,7 +184,12 @@ def _out_of_core(tensor: Array, tree: Tree, ranks: Ranks, memory: int) -> Result
         rank = max(1, min(ranks.parameters // per_rank, tree.limits({edge.bond: 1})[edge.bond]))
     share = (ranks.error or 0.0) / math.sqrt(len(tree.edges))
     view = np.transpose(tensor, [names.index(n) for n in (*rows, *others)])
-    left, rest, dropped, whole = blocks.split(view, len(rows), rank, share, memory)
+    try:
+        left, rest, dropped, whole = blocks.split(view, len(rows), rank, share, memory)
+    except blocks.TooLargeError:
+        if len(tree.edges) == 1:
+            raise
+        return _merged(tensor, tree, ranks, memory)
     sizes = {**dict(tree.modes), edge.bond: left.shape[1]}
     core = _arranged(
         (left.reshape([sizes[n] for n in (*rows, edge.bond)]), (*rows, edge.bond)), tree.labels[edge.child]
@@ -209,6 +214,32 @@ def _out_of_core(tensor: Array, tree: Tree, ranks: Ranks, memory: int) -> Result
     cores = list(rest_result.cores)
     cores.insert(edge.child, core)
     return Result(tuple(cores), dropped + rest_result.dropped, math.sqrt(whole), rest_result.notes)
+
+
+def _merged(tensor: Array, tree: Tree, ranks: Ranks, memory: int) -> Result:
+    """Out of core with the first leaf and its parent as one core, which is split afterwards.
+
+    For a leaf whose rank is so near to the size of its modes that nothing is saved by cutting it off.
+    """
+    edge = tree.edges[0]
+    leaf, parent = tree.labels[edge.child], tree.labels[edge.parent]
+    both = (*(n for n in leaf if n != edge.bond), *(n for n in parent if n != edge.bond))
+    at = edge.parent - (edge.child < edge.parent)
+    labels = [names for k, names in enumerate(tree.labels) if k != edge.child]
+    labels[at] = both
+    coarse = Tree(tuple(labels), tree.modes, tree.root - (edge.child < tree.root))
+    outer, inner = ranks, Ranks()
+    if ranks.given is not None:
+        named = ranks.named(tree.bonds)
+        outer = replace(ranks, given=tuple(named[b] for b in coarse.bonds))
+        inner = Ranks(given=named[edge.bond])
+    found = _out_of_core(tensor, coarse, outer, memory)
+    cores = list(canonical(found.cores, replace(coarse, root=at)))
+    part = _in_memory(cores[at], Tree((leaf, parent), tuple(zip(both, cores[at].shape, strict=True)), 1), inner)
+    cores[at] = part.cores[1]
+    cores.insert(edge.child, part.cores[0])
+    error = math.sqrt(found.dropped) + math.sqrt(part.dropped)
+    return Result(tuple(cores), error**2, found.norm, found.notes + part.notes)
 
 
 def _spectra(whole: Labelled, tree: Tree, exact: bool) -> dict[str, Array]:

@@ -36,6 +36,11 @@ class TreeFactorized(Factorized):
     def layout(cls, axes: Axes) -> Labels:
         """The names of the axes of each core, for given modes. Raises TNCompileError where the format needs others."""
 
+    @classmethod
+    def default_axes(cls, shape: Sequence[int]) -> Axes:
+        """The modes of a dense tensor where none are named: one for each axis."""
+        return tuple((size,) for size in shape)
+
     @property
     def labels(self) -> Labels:
         """The names of the axes of each core."""
@@ -53,11 +58,11 @@ class TreeFactorized(Factorized):
     ) -> Self:
         """Truncated singular value decompositions of a dense tensor, from the leaves to the root.
 
-        `axes` are its modes, by default one for each axis. With a `metric` of the input, errors are measured in it.
-        An array or `numpy.memmap` that takes over `memory` bytes as float64 is read in blocks. Raises NoGainError
-        where the result is no smaller than the tensor, and TNCompileError for what cannot be factorized.
+        `axes` are its modes, where not given those of `default_axes`. With a `metric` of the input, errors are
+        measured in it. An array or `numpy.memmap` that takes over `memory` bytes as float64 is read in blocks. Raises
+        NoGainError where the result is no smaller than the tensor, and TNCompileError for what cannot be factorized.
         """
-        axes = normal_axes(axes or [(n,) for n in np.shape(dense)])
+        axes = normal_axes(axes or cls.default_axes(np.shape(dense)))
         return cls(**fit(cls.KIND, dense, axes, cls.layout(axes), cls.ROOT, ranks, metric, memory))
 
     def tree(self, center: int | None = None) -> tree.Tree:
@@ -105,6 +110,10 @@ def fit(
     names = mode_names(axes)
     network = tree.Tree(labels, tuple(zip(names, tensor.shape, strict=True)), root % len(labels))
     if metric is not None:
+        if blocks.too_large(tensor, memory):
+            raise TNCompileError(
+                "a tensor larger than memory cannot be weighed by a metric: leave it out or allow more"
+            )
         owners = _owners(kind, axes, labels, metric)
         tensor = metric.weigh(tensor)
     result = tree.decompose(tensor, network, ranks, memory)
