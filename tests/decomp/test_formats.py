@@ -196,6 +196,15 @@ def test_inflated_modules_compute_the_same_and_can_be_trained() -> None:
     torch.testing.assert_close(smaller(x), module(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_same_tensor_gives_the_same_cores(kind: Any) -> None:
+    axes = ((4, 6), (6, 4))
+    dense = random(axes, 16)
+    for ranks in (Ranks(given=4, larger=True), Ranks(error=0.7), Ranks(parameters=400)):
+        first, second = (kind.from_dense(dense, axes, ranks) for _ in range(2))
+        assert [c.tobytes() for c in first.cores] == [c.tobytes() for c in second.cores]
+
+
 def test_modes_are_balanced_where_none_are_named() -> None:
     dense = random(((24,), (36,)), 15)
     assert MatrixTrain.from_dense(dense, ranks=Ranks(given=2)).axes == ((4, 6), (6, 6))

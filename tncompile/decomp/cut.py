@@ -58,6 +58,12 @@ def truncate(matrix: Array, pick: int | Callable[[Array], int], nearly: bool = F
     return Cut(left[:, :, :rank], rest, values, float(np.sum(each[:, rank:] ** 2)))
 
 
+def keep(matrix: Array) -> Cut:
+    """Nothing left out, the isometry being the identity."""
+    batch, rows, _ = matrix.shape
+    return Cut(np.broadcast_to(np.eye(rows), (batch, rows, rows)), matrix, np.zeros(0), 0.0)
+
+
 def _by_gram(matrix: Array, pick: int | Callable[[Array], int]) -> Cut | None:
     """The truncation of one matrix by eigenvectors; None where too little is left out for them to be exact enough."""
     rows, columns = matrix.shape

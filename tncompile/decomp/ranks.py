@@ -79,7 +79,7 @@ class Ranks:
         if size(ranks(0)) > self.parameters:
             raise NoGainError(
                 f"even with every rank 1 there are {size(ranks(0)):,} parameters, more than {self.parameters:,}: "
-                "factorize into more or more balanced modes"
+                "factorize into other modes, or allow more"
             )
         low, high = 0, len(values)
         while low < high:

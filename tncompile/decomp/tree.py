@@ -22,7 +22,7 @@ import numpy as np
 
 from tncompile.decomp import blocks
 from tncompile.decomp.base import Labels, bonds_of
-from tncompile.decomp.cut import SAFE, Cut, singular_values, truncate
+from tncompile.decomp.cut import SAFE, Cut, keep, singular_values, truncate
 from tncompile.decomp.ranks import Ranks, Sizes, clamp
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
@@ -154,7 +154,10 @@ def _in_memory(tensor: Array, tree: Tree, ranks: Ranks) -> Result:
         rows = tree.rows(edge.child, edge)
         matrix, back = _unfold(whole, edge.batch, rows)
         pick = picks[edge.bond]
-        cut = truncate(matrix, pick, nearly=ranks.given is not None)
+        if ranks.given is None and pick == matrix.shape[1]:  # all of it is known to be needed
+            cut = keep(matrix)
+        else:
+            cut = truncate(matrix, pick, nearly=ranks.given is not None)
         rank = cut.left.shape[2]
         if ranks.given is not None and isinstance(pick, int) and rank < pick:
             notes.append(f"rank {pick} of {edge.bond} is {rank}: the rest would be zeros")
