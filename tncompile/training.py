@@ -48,8 +48,11 @@ def to_torch(
 
     `model` is a module with `example_inputs` (and `kwargs`, `dynamic_shapes` as in `tncompile.compile`), traced in
     training mode and, for ``.eval()``, in evaluation mode; where not `train`, in evaluation mode alone. Or it is an
-    exported program, a compiled model or a model file, in the one mode that it was exported in. The module has copies of
-    the model's parameters and buffers under their own names; none are merged.
+    exported program, a compiled model or a model file, in the one mode that it was exported in. The module has copies
+    of the model's parameters and buffers under their own names; none are merged.
+
+    Gradients are planned for parameters that require them, and for inputs where the example does: a layer that is to
+    stand inside a network is given an example that requires one.
 
     `batch`: the batch sizes to plan for; `sizes`: those of other dynamic dimensions. `memory`: ``"high"`` keeps every
     intermediate for the backward pass, ``"low"`` computes all of them again, ``"auto"`` those for which that is
@@ -62,28 +65,34 @@ def to_torch(
     chosen = profile if isinstance(profile, DeviceProfile) else choose(profile).profile
     batches = tuple([batch] if isinstance(batch, int) else batch)
     context = Context(batches, sizes or {}, chosen)
-    modes = {training: _planned(e, context, _SHARE[memory]) for training, e in exported.items()}
+    through = [isinstance(x, torch.Tensor) and x.requires_grad for x in _leaves(example_inputs, kwargs)]
+    modes = {training: _planned(e, context, _SHARE[memory], through) for training, e in exported.items()}
     return TrainableModule(modes, state_of(next(iter(exported.values()))))
 
 
-def _planned(exported: torch.export.ExportedProgram, context: Context, share: float) -> tuple[TrainedModel, Emitted]:
+def _planned(
+    exported: torch.export.ExportedProgram, context: Context, share: float, through: Sequence[bool]
+) -> tuple[TrainedModel, Emitted]:
     """A model, and the graph that computes it."""
     model = import_for_training(exported)
     unknown = sorted({*context.sizes} - {*model.sizes})
     if unknown:
         raise TNCompileError(f"no dynamic dimension {unknown[0]}; the model has {', '.join(model.sizes) or 'none'}")
     context = replace(context, sizes={**model.sizes, **context.sizes})
-    trained = frozenset(
-        name
-        for name, key in model.state.items()
-        if key in exported.state_dict and exported.state_dict[key].requires_grad
-    )
-    passes = (Clean(), Stacks(), Fold(), Clean(), TrainingOrder(trained))
+    state = exported.state_dict
+    trained = {name for name, key in model.state.items() if key in state and state[key].requires_grad}
+    trained |= {name for name, needs in zip(model.arguments, through, strict=False) if name and needs}
+    passes = (Clean(), Stacks(), Fold(), Clean(), TrainingOrder(frozenset(trained)))
     program, _ = Pipeline(passes, scheduled=False).run(model.program, context)
     return model, emit(model, program, context, trained, share)
 
 
 # ------------------------------------------------------------------------------------ what is given
+
+
+def _leaves(args: Any, kwargs: Any) -> list[Any]:
+    args = (args,) if isinstance(args, torch.Tensor) else args
+    return torch.utils._pytree.tree_leaves((tuple(args or ()), kwargs or {}))
 
 
 def _exported(

@@ -1,8 +1,8 @@
 """What a contraction tree costs in a training step, forward and backward, where nothing is known at compile time.
 
-A pair of tensors is contracted by one product of matrices, whose transposes are free to BLAS, so that a tensor has to be
-copied only where its indices do not fall into the groups of the product one after the other. With R on both sides and
-kept, K on both and summed, M on the left and N on the right alone:
+A pair of tensors is contracted by one product of matrices, whose transposes are free to BLAS, so that a tensor has to
+be copied only where its indices do not fall into the groups of the product one after the other. With R on both sides
+and kept, K on both and summed, M on the left and N on the right alone:
 
     matmul      left (R M K) @ right (R K N)   -> (R M N)      either side's groups may be turned
     outer       left (R M) * right (R N)       -> (R M N)

@@ -25,8 +25,8 @@ class TrainedModel:
     `program` has the inputs and outputs of the functional graph `exported`: parameters and buffers come in beside what
     the user gives, and what the model writes to a buffer goes out beside what it returns. `state` and `written` map the
     names of those inputs and outputs to the model's own (``"fc.factors.0"``); `arguments` names the tensors that the
-    user gives, in the order of the leaves of ``(args, kwargs)``, None for what is no tensor. `returned` has for each leaf
-    of what the model returns the name of an output, or a constant.
+    user gives, in the order of the leaves of ``(args, kwargs)``, None for what is no tensor. `returned` has for each
+    leaf of what the model returns the name of an output, or a constant.
     """
 
     exported: torch.export.ExportedProgram

@@ -59,6 +59,8 @@ class Contraction(torch.nn.Module):
 def _network(plan: NetworkPlan, tensors: Sequence[Tensor], sizes: dict[str, Any], exporting: bool) -> Tensor:
     indices = [name for axis in plan.output for name in axis]
     total: Tensor | None = None
+    owned = False  # whether nothing else has the total, so that it may be added to in place
+    tracing = torch.compiler.is_compiling()
     lacking = {*range(len(indices))}
     for term in plan.terms:
         mine = [_prepare(tensors[p], how, sizes) for p, how in zip(term.tensors, term.prepared, strict=True)]
@@ -66,7 +68,10 @@ def _network(plan: NetworkPlan, tensors: Sequence[Tensor], sizes: dict[str, Any]
         for axis in term.missing:
             value = value.unsqueeze(axis)
         lacking &= {*term.missing}
-        total = value if total is None else total + value
+        if total is None:
+            total, owned = value, len(mine) > 1 and not term.missing and value._base is None and not tracing
+        else:
+            total = total.add_(value) if owned else total + value
     assert total is not None
     if lacking:
         total = total.expand([sizes[name] for name in indices])
@@ -93,8 +98,11 @@ def _prepare(tensor: Tensor, how: Prepared, sizes: dict[str, Any]) -> Tensor:
 def _term(plan: TermPlan, tensors: Sequence[Tensor]) -> Tensor:
     """The value of a term, its indices in the order of the output."""
     planned = len(tensors) > 2 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    result: Tensor = PlannedTerm.apply(plan, *tensors) if planned else run(plan, tensors)[-1]
-    return result.permute(plan.turn)
+    if planned:
+        result: Tensor = PlannedTerm.apply(plan, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        result = run(plan, tensors)[-1]
+    return result if plan.turn == (*range(result.ndim),) else result.permute(plan.turn)
 
 
 def _traced(plan: TermPlan, tensors: Sequence[Tensor]) -> Tensor:

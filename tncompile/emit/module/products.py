@@ -22,7 +22,7 @@ def product(step: Product, left: Tensor, right: Tensor) -> Tensor:
     if step.form == "outer_last":
         rows, columns, kept = a[: left.ndim - r], b[: right.ndim - r], a[left.ndim - r :]
         m, n, size = math.prod(rows), math.prod(columns), math.prod(kept)
-        return (left.reshape(m, 1, size) * right.reshape(1, n, size)).view(*rows, *columns, *kept)
+        return _shaped(left.reshape(m, 1, size) * right.reshape(1, n, size), (*rows, *columns, *kept))
     kept, rows, columns = a[:r], a[r : left.ndim - k], b[r + k :]
     m, n, size, summed = math.prod(rows), math.prod(columns), math.prod(kept), math.prod(b[r : r + k])
     if step.form == "outer":
@@ -33,7 +33,13 @@ def product(step: Product, left: Tensor, right: Tensor) -> Tensor:
         result = (left.reshape(size, summed) * right.reshape(size, summed)).sum(1)
     else:
         result = torch.bmm(left.reshape(size, m, summed), right.reshape(size, summed, n))
-    return result.view(*kept, *rows, *columns)
+    return _shaped(result, (*kept, *rows, *columns))
+
+
+def _shaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A view of a result that nothing else has, which autograd then lets be added to in place."""
+    view: Tensor = torch.ops.aten._unsafe_view.default(fresh, shape)
+    return view
 
 
 def gradient_left(step: Product, grad: Tensor, right: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ class PlannedTerm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: TermPlan, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, plan: TermPlan, *tensors: Tensor) -> Tensor:
         """The value of the term, one axis for each index, as its last product leaves it."""
         values = run(plan, tensors)
         count = len(tensors)
@@ -117,8 +123,8 @@ class PlannedTerm(torch.autograd.Function):
         return values[-1]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors that need one."""
         plan: TermPlan = ctx.plan
         count, steps = len(ctx.needs_input_grad) - 1, plan.products

@@ -37,6 +37,7 @@ class TrainableModule(torch.nn.Module):
         """What the original's `forward` takes and returns."""
         name = _MODE[self.training]
         mode = self._modes[name if name in self._modes else _MODE[not self.training]]
+        assert isinstance(mode, _Mode)
         leaves = mode.leaves(args, kwargs)
         state = [None if isinstance(source, int) else self._get(source) for source in mode.sources]
         return mode.given(state, leaves)
