@@ -27,7 +27,7 @@ from tncompile.passes.training import TrainingOrder
 
 DEFAULT_BATCH = (32, 256)
 Memory = Literal["high", "auto", "low"]
-_SHARE: Mapping[Memory, float] = {"high": 0.0, "auto": 0.05, "low": float("inf")}
+_SHARE: Mapping[Memory, float] = {"high": 0.0, "auto": 0.01, "low": float("inf")}
 
 Model = torch.nn.Module | torch.export.ExportedProgram | TracedModel | CompiledModel | OnnxModel
 
@@ -56,7 +56,7 @@ def to_torch(
 
     `batch`: the batch sizes to plan for; `sizes`: those of other dynamic dimensions. `memory`: ``"high"`` keeps every
     intermediate for the backward pass, ``"low"`` computes all of them again, ``"auto"`` those for which that is
-    predicted to take at most 5% of the step. `profile` as in `tncompile.compile`. UnsupportedError for what cannot be
+    predicted to take at most 3% of the step. `profile` as in `tncompile.compile`. UnsupportedError for what cannot be
     traced or has no gradient; TNCompileError for wrong arguments.
     """
     if memory not in _SHARE:

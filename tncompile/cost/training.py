@@ -130,6 +130,16 @@ class TrainingCost:
             return CALL + self.profile.multiply_time(r, k, self.itemsize)
         return CALL + self.profile.matmul_time(r, m, k, n, self.itemsize, False)
 
+    def again(self, pair: Pair, pairs: Sequence[Pair]) -> float:
+        """Seconds to compute one of some pairs' results once more, with copies."""
+        seconds = self.forward(pair)
+        for number, side in zip((pair.left, pair.right), pair.sides, strict=True):
+            if number < len(self.layouts) and not fits(self.layouts[number], pair):
+                seconds += self._copy(side)
+        number = len(self.layouts) + pairs.index(pair)
+        copied = any(n == number and not fits(pair.result, p) for p in pairs for n in (p.left, p.right))
+        return seconds + copied * self._copy(pair.result)
+
     # ------------------------------------------------------------------------------ a tree
 
     def arrange(self, tree: Tree) -> Arrangement:
@@ -171,7 +181,7 @@ class TrainingCost:
             for pair in pairs_of(left.layout, right.layout, kept):
                 seconds = self.forward(pair) + self.backward(pair, left.trained, right.trained)
                 for side, wanted in zip((left, right), pair.sides, strict=True):
-                    if not _fits(side.layout, pair):
+                    if not fits(side.layout, pair):
                         # turned for the product, for the gradient of the other side, and its own gradient turned back
                         seconds += (2 + side.trained) * self._copy(wanted)
                 total = left.seconds + right.seconds + seconds
@@ -194,13 +204,13 @@ def pairs_of(x: Layout, y: Layout, kept: Collection[str]) -> Iterator[Pair]:
             yield Pair(0, 0, "matmul", batch, summed, c.left, c.right)
 
 
-def _fits(layout: Layout, pair: Pair) -> bool:
+def fits(layout: Layout, pair: Pair) -> bool:
     """Whether a side is the matrices that a product needs as it lies: its groups one after the other, in any order but
     with the batch not innermost."""
     groups = [g for g in (pair.batch, pair.summed, pair.only_left, pair.only_right) if g and g[0] in layout]
-    orders = itertools.permutations(groups)
-    last = pair.batch if pair.form == "matmul" and len(groups) > 1 else None
-    return any(sum(order, ()) == layout and order[-1] != last for order in orders)
+    if pair.form == "matmul" and len(groups) > 1 and layout[-1:] == pair.batch[-1:]:
+        return False
+    return any(sum(order, ()) == layout for order in itertools.permutations(groups))
 
 
 def _linear(plan: _Plan, count: int) -> tuple[Pair, ...]:
@@ -263,23 +273,20 @@ def cheapest_tree(cost: TrainingCost) -> Tree | None:
 
 # ------------------------------------------------------------------------------------ memory
 
-SMALL = 1 << 14
-"""Bytes of an intermediate that is always kept."""
+SMALL = 1 << 16
+"""Bytes of intermediates that are not worth computing again."""
+CHECKPOINT = 1.5e-4
+"""Seconds that PyTorch takes to leave out what a term computes, and to compute it again."""
 
 
-def recomputed(cost: TrainingCost, arrangement: Arrangement, share: float) -> frozenset[int]:
-    """Which pairs' results are better computed again in the backward pass than kept: numbers of pairs.
+def is_recomputed(cost: TrainingCost, arrangement: Arrangement, share: float) -> bool:
+    """Whether the intermediates of a term are better computed again in the backward pass than kept.
 
-    Those that free most bytes for each second, as long as all of them add at most `share` to the step's time. The last
-    pair's result is the output, and is not asked for.
+    That is where it is predicted to add at most `share` to the time of a step; always, where that is inf.
     """
     pairs = arrangement.pairs[:-1]
-    sizes = [cost.size(pair.result) for pair in pairs]
-    seconds = [cost.forward(pair) for pair in pairs]
-    budget = share * arrangement.seconds
-    found: set[int] = set()
-    for k in sorted(range(len(pairs)), key=lambda k: seconds[k] / sizes[k]):
-        if seconds[k] <= budget and sizes[k] * cost.itemsize >= SMALL:
-            budget -= seconds[k]
-            found.add(k)
-    return frozenset(found)
+    if not pairs or math.isinf(share):
+        return bool(pairs)
+    kept = sum(cost.size(pair.result) for pair in pairs) * cost.itemsize
+    seconds = CHECKPOINT + sum(cost.again(pair, arrangement.pairs) for pair in pairs)
+    return kept >= SMALL and seconds <= share * arrangement.seconds

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tncompile.emit.module.plan import NetworkPlan, Prepared, Sizes, TermPlan
-from tncompile.emit.module.products import PlannedTerm, run
+from tncompile.emit.module.products import run
 
 Tensor = torch.Tensor
 
@@ -97,11 +98,10 @@ def _prepare(tensor: Tensor, how: Prepared, sizes: dict[str, Any]) -> Tensor:
 
 def _term(plan: TermPlan, tensors: Sequence[Tensor]) -> Tensor:
     """The value of a term, its indices in the order of the output."""
-    planned = len(tensors) > 2 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if planned:
-        result: Tensor = PlannedTerm.apply(plan, *tensors)  # type: ignore[no-untyped-call]
+    if plan.again and torch.is_grad_enabled():
+        result: Tensor = checkpoint(run, plan, *tensors, use_reentrant=False, preserve_rng_state=False)
     else:
-        result = run(plan, tensors)[-1]
+        result = run(plan, *tensors)
     return result if plan.turn == (*range(result.ndim),) else result.permute(plan.turn)
 
 
@@ -109,7 +109,7 @@ def _traced(plan: TermPlan, tensors: Sequence[Tensor]) -> Tensor:
     """The same as one einsum, for whoever reads the graph to find its own order."""
     names = {name: None for layout in plan.layouts for name in layout}
     if len(tensors) < 2 or len(names) > len(string.ascii_letters):
-        return run(plan, tensors)[-1].permute(plan.turn)
+        return run(plan, *tensors).permute(plan.turn)
     letters = dict(zip(names, string.ascii_letters, strict=False))
     sides, result = ("".join(letters[name] for name in layout) for layout in plan.layouts), plan.result
     return torch.einsum(f"{','.join(sides)}->{''.join(letters[name] for name in result)}", *tensors)

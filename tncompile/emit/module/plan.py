@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tncompile.cost.profile import DeviceProfile
 from tncompile.cost.schedule import Layout
-from tncompile.cost.training import Form, Pair, recomputed
+from tncompile.cost.training import Form, Pair, fits, is_recomputed
 from tncompile.errors import UnsupportedError
 from tncompile.ir import Index, Network, Tensor, Term
 from tncompile.passes.training import training_cost
@@ -17,19 +17,20 @@ Turn = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Product:
-    """A `Pair` in positions: `turns` bring the sides into the order of the product, `backs` bring gradients back.
+    """A `Pair` in positions: `turns` bring the sides into the order of the product.
 
     The first `batch` axes of a turned side are kept by both, the last `summed` ones of the left are summed; of the form
-    ``outer_last`` the last `batch` axes are kept by both.
+    ``outer_last`` the last `batch` axes are kept by both. Where the result is to lie as the product that takes it needs
+    it, `laid` is the permutation that does so.
     """
 
     left: int
     right: int
     form: Form
     turns: tuple[Turn, Turn]
-    backs: tuple[Turn, Turn]
     batch: int
     summed: int
+    laid: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class TermPlan:
-    """One term: which of the network's tensors it takes, the products, and which of them are computed again in the
-    backward pass.
+    """One term: which of the network's tensors it takes, the products, and whether their results are computed again
+    in the backward pass, not kept until then.
 
     The prepared tensors lie as `layouts` say, and what the last product leaves is turned into the order `result`, that
     of the output, which may have indices that the term lacks: `missing` are their axes.
@@ -59,7 +60,7 @@ class TermPlan:
     prepared: tuple[Prepared, ...]
     layouts: tuple[Layout, ...]
     products: tuple[Product, ...]
-    again: frozenset[int]
+    again: bool
     turn: Turn
     result: Layout
     missing: tuple[int, ...]
@@ -129,8 +130,7 @@ def plan_of(
 ) -> NetworkPlan:
     """The plan of a network in the order that its terms have.
 
-    `sizes` of the indices are those to plan for. Intermediates are computed again where that adds at most `share` to
-    the time of a step.
+    `sizes` of the indices are those to plan for; `share` is as in `is_recomputed`.
     """
     terms = []
     start = 0
@@ -158,10 +158,12 @@ def _term(
     lies = [_layout(p) for p in prepared]
     cost.layouts = lies
     arranged = cost.arrange(term.order)
+    wanted = _wanted(arranged.pairs, len(lies))
     products = []
     for pair in arranged.pairs:
-        products.append(_product(pair, lies))
-        lies.append(pair.result)
+        laid = wanted.get(len(lies))
+        products.append(_product(pair, lies, laid))
+        lies.append(laid or pair.result)
     last = lies[-1]
     result = tuple(name for name in output if name in last)
     return TermPlan(
@@ -169,7 +171,7 @@ def _term(
         prepared,
         tuple(lies[: len(prepared)]),
         tuple(products),
-        recomputed(cost, arranged, share),
+        is_recomputed(cost, arranged, share),
         tuple(last.index(name) for name in result),
         result,
         tuple(axis for axis, name in enumerate(output) if name not in last),
@@ -205,16 +207,19 @@ def _layout(prepared: Prepared) -> Layout:
     return tuple(name for k, name in enumerate(lies) if k not in prepared.sums)
 
 
-def _product(pair: Pair, lies: Sequence[Layout]) -> Product:
-    sides = tuple(zip((lies[pair.left], lies[pair.right]), pair.sides, strict=True))
-    forth = [tuple(before.index(name) for name in after) for before, after in sides]
-    back = [tuple(after.index(name) for name in before) for before, after in sides]
-    return Product(
-        pair.left,
-        pair.right,
-        pair.form,
-        (forth[0], forth[1]),
-        (back[0], back[1]),
-        len(pair.batch),
-        len(pair.summed),
-    )
+def _wanted(pairs: Sequence[Pair], count: int) -> dict[int, Layout]:
+    """How results are to lie that have to be copied for the product that takes them: copied once, where they are made,
+    and not again for each gradient."""
+    return {
+        number: side
+        for pair in pairs
+        for number, side in zip((pair.left, pair.right), pair.sides, strict=True)
+        if number >= count and not fits(pairs[number - count].result, pair)
+    }
+
+
+def _product(pair: Pair, lies: Sequence[Layout], laid: Layout | None) -> Product:
+    sides = zip((lies[pair.left], lies[pair.right]), pair.sides, strict=True)
+    left, right = (tuple(before.index(name) for name in after) for before, after in sides)
+    turned = None if laid is None else tuple(pair.result.index(name) for name in laid)
+    return Product(pair.left, pair.right, pair.form, (left, right), len(pair.batch), len(pair.summed), turned)
