@@ -38,7 +38,7 @@ class Train(nn.Module):
 
 
 class Net(nn.Module):
-    """Convolution, batch norm, dropout, three factorized layers of which two share their cores."""
+    """Convolution, batch norm, dropout, three factorized layers of which two share a core and a bias."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -46,7 +46,8 @@ class Net(nn.Module):
         self.stem = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten())
         self.drop = nn.Dropout(dropout)
         self.first, self.second = Train(), factorized("cp", "reconstructed")
-        self.third = self.first
+        self.third = Train()
+        self.third.bias, self.third.cores[0] = self.first.bias, self.first.cores[0]
         self.frozen = nn.Parameter(torch.randn(15), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -142,7 +143,7 @@ def test_fine_tuned_and_compiled_again() -> None:
     assert losses[-1] < losses[0]
     compiled = tncompile.compile(module.eval(), (x,))
     cores = [{t.name for t in n.cores} for n in compiled.stages["fold"].networks]
-    assert [len(c) for c in cores] == [3, 2, 6]  # with biases: two cores, a matrix, and five of a Tucker layer
+    assert [len(c) for c in cores] == [3, 7]  # two cores; a matrix and the five of a Tucker layer behind it; a bias each
     assert {"0.weight.factors.factor_0", "0.weight.factors.factor_1", "0.bias"} == cores[0]
     expected = module.double()(x.double()).detach().numpy()
     assert_close(compiled.run(x), expected, tolerance=1e-5)
