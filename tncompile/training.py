@@ -57,7 +57,7 @@ def to_torch(
     `batch`: the batch sizes to plan for; `sizes`: those of other dynamic dimensions. `memory`: ``"high"`` keeps every
     intermediate for the backward pass, ``"low"`` computes all of them again, ``"auto"`` those for which that is
     predicted to take at most 3% of the step. `profile` as in `tncompile.compile`. UnsupportedError for what cannot be
-    traced or has no gradient; TNCompileError for wrong arguments.
+    traced; TNCompileError for wrong arguments.
     """
     if memory not in _SHARE:
         raise TNCompileError(f"no memory {memory!r}; choose from {', '.join(_SHARE)}")

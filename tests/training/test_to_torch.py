@@ -143,7 +143,8 @@ def test_fine_tuned_and_compiled_again() -> None:
     assert losses[-1] < losses[0]
     compiled = tncompile.compile(module.eval(), (x,))
     cores = [{t.name for t in n.cores} for n in compiled.stages["fold"].networks]
-    assert [len(c) for c in cores] == [3, 7]  # two cores; a matrix and the five of a Tucker layer behind it; a bias each
+    # two cores; a matrix and the five of a Tucker layer behind it; a bias each
+    assert [len(c) for c in cores] == [3, 7]
     assert {"0.weight.factors.factor_0", "0.weight.factors.factor_1", "0.bias"} == cores[0]
     expected = module.double()(x.double()).detach().numpy()
     assert_close(compiled.run(x), expected, tolerance=1e-5)

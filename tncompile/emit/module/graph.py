@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ class _Emitter:
         limits = node.limits if isinstance(node, Switch) else ()
         layer = "_".join(filter(str.isidentifier, (node.name or node.value.name).replace("+", ".").split(".")))
         name = f"network_{number}" + f"_{layer}" * bool(layer)
-        self.modules.add_module(name, Contraction(_describe(node), sizes, plans, limits))
+        self.modules.add_module(name, Contraction(text.dump_node(node), sizes, plans, limits))
         given = [self._size(index.size, node) for index in sizes.given]
         if isinstance(node, Switch):
             given.append(self._size(node.symbol, node))
@@ -144,11 +144,6 @@ class _Emitter:
         for value, key in self.model.written.items():
             new = self.graph.call_function(torch.ops.aten.detach.default, (self.env[value],))
             self.graph.call_function(torch.ops.aten.copy_.default, (self.buffers[key], new))
-
-
-def _describe(node: Network | Switch) -> str:
-    """The network as text, without the numbers of its cores."""
-    return text.dump_node(replace(node) if isinstance(node, Network) else node)
 
 
 def as_tensor(array: Array) -> torch.Tensor:
