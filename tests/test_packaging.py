@@ -26,6 +26,7 @@ LAYERS = (
     ("runtime",),
     ("inspect",),
     ("compiler",),
+    ("training",),
     ("commands",),
     ("cli",),
     ("__init__", "__main__"),

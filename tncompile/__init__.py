@@ -16,6 +16,7 @@ _LAZY = {
     "compile_exported": "tncompile.compiler",
     "compile_file": "tncompile.compiler",
     "save": "tncompile.compiler",
+    "to_torch": "tncompile.training",
     "LoadOptions": "tncompile.frontend.load",
     "parse_input": "tncompile.frontend.files.inputs",
     "Pipeline": "tncompile.passes",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tncompile.frontend.files.inputs import parse_input
     from tncompile.frontend.load import LoadOptions
     from tncompile.passes import Pipeline
+    from tncompile.training import to_torch
 
 
 def __getattr__(name: str) -> Any:
@@ -53,4 +55,5 @@ __all__ = [
     "compile_file",
     "parse_input",
     "save",
+    "to_torch",
 ]

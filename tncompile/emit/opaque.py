@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
-import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,9 +28,10 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from tncompile.emit.operators import fx_arg, operator_of
 from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.importer import TracedModel
-from tncompile.ir import Arg, Constant, Dim, Opaque, Program, Ref, dims
+from tncompile.ir import Dim, Opaque, Program, dims
 
 OPSET = 20
 DOMAIN = "tncompile"
@@ -89,9 +88,9 @@ def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedP
             args: Any = ([env[name] for name in item.inputs], item.output.name)
             node = graph.create_node("call_function", _network_op(), args, {}, item.output.name)
         else:
-            args = tuple(_fx_arg(a, env) for a in item.args)
-            kwargs = {k: _fx_arg(v, env) for k, v in item.kwargs}
-            node = graph.create_node("call_function", _target(item.target), args, kwargs, item.output.name)
+            args = tuple(fx_arg(a, env) for a in item.args)
+            kwargs = {k: fx_arg(v, env) for k, v in item.kwargs}
+            node = graph.create_node("call_function", operator_of(item.target), args, kwargs, item.output.name)
         node.meta = dict(meta.get(item.value.name) or _meta_of(node, mode))
         env[item.value.name] = node
     outputs = [env[name] for _, name in program.outputs]
@@ -206,31 +205,6 @@ def _floor_divide(self: Any, other: Any) -> Any:
     if self.dtype.is_floating_point():
         return op.Floor(op.Div(self, other))
     return op.Div(op.Sub(self, op.Mod(self, other)), other)  # Mod has the sign of `other`, so nothing is left over
-
-
-def _fx_arg(arg: Arg, env: dict[str, torch.fx.Node]) -> Any:
-    if isinstance(arg, Ref):
-        return env[arg.name]
-    if isinstance(arg, Constant):
-        return _constant(arg.spelling)
-    return [_fx_arg(a, env) for a in arg] if isinstance(arg, tuple) else arg
-
-
-def _constant(spelling: str) -> Any:
-    if spelling.startswith("torch.device("):
-        return torch.device(spelling.removeprefix("torch.device('").removesuffix("')"))
-    return getattr(torch, spelling.removeprefix("torch."))
-
-
-def _target(name: str) -> Any:
-    head, _, rest = name.partition(".")
-    if head == "operator":
-        for module in (operator, torch, math):
-            if hasattr(module, rest):
-                return getattr(module, rest)
-        raise UnsupportedError(f"{rest} in the traced graph cannot be exported")
-    packet, overload = rest.rsplit(".", 1)
-    return getattr(getattr(getattr(torch.ops, head), packet), overload)
 
 
 @contextlib.contextmanager

@@ -38,14 +38,14 @@ class Computable:
 
 def computable(exported: torch.export.ExportedProgram) -> Computable:
     """The functional graph of a program, changed where ONNX Runtime would not compute it as it is."""
-    functional = _functional(exported)
+    functional = functionalized(exported)
     nodes = functional.graph.nodes
     if any(_is(n, torch.float64) for n in nodes):
         written_out = {
             _aten.scaled_dot_product_attention.default: _attention,
             _aten.group_norm.default: _group_norm,
         }
-        functional = _functional(functional, written_out)
+        functional = functionalized(functional, written_out)
     notes: tuple[str, ...] = ()
     if any(_is(n, torch.bfloat16) for n in functional.graph.nodes):
         functional, notes = _widened(functional), (WIDENED,)
@@ -54,11 +54,12 @@ def computable(exported: torch.export.ExportedProgram) -> Computable:
         users = {s.arg.name for s in functional.graph_signature.input_specs if s.kind == InputKind.USER_INPUT}
         shown = [n for n in nodes if n.name in users] + functional.graph.output_node().all_input_nodes
         notes += (PAIRS,) if any(map(is_complex, shown)) else ()
-        return Computable(as_pairs(functional), notes, _functional(exported))
+        return Computable(as_pairs(functional), notes, functionalized(exported))
     return Computable(functional, notes)
 
 
-def _functional(exported: torch.export.ExportedProgram, table: Any = None) -> torch.export.ExportedProgram:
+def functionalized(exported: torch.export.ExportedProgram, table: Any = None) -> torch.export.ExportedProgram:
+    """The graph without writes in place; `table` has further operators to write out, as torch's decompositions do."""
     with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
         warnings.simplefilter("ignore")
         functional: torch.export.ExportedProgram = exported.run_decompositions(table or _unrolled(exported))

@@ -70,11 +70,11 @@ def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
             f"the model writes to {', '.join(names) or 'an input'} when it runs; "
             "export it in inference mode (model.eval()), with state as inputs and outputs"
         )
-    return replace(_Importer(functional).run(), notes=adaptation.notes, computes=adaptation.reference)
+    return replace(Importer(functional).run(), notes=adaptation.notes, computes=adaptation.reference)
 
 
-class _Importer:
-    """One import; holds what is known so far of each fx node."""
+class Importer:
+    """One import; holds what is known so far of each fx node. State of the model is constant."""
 
     def __init__(self, exported: torch.export.ExportedProgram) -> None:
         self.exported = exported

@@ -1,0 +1,182 @@
+"""Planned networks against one einsum a term in float64, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests import strategies
+from tests.helpers import program_of
+from tncompile.cost.devices import default_profile
+from tncompile.cost.training import TrainingCost, cheapest_tree, is_recomputed
+from tncompile.emit.module.contraction import Contraction
+from tncompile.emit.module.plan import plan_of, sizes_of
+from tncompile.ir import Index, Network, Switch, dims
+from tncompile.passes import Context
+from tncompile.passes.training import TrainingOrder
+
+PROFILE = default_profile()
+
+
+def expected(network: Network, tensors: Sequence[torch.Tensor], symbols: Mapping[str, int]) -> torch.Tensor:
+    """One einsum for each term, by torch."""
+
+    def size(index: Index) -> int:
+        return dims.evaluate(index.size, symbols)
+
+    total = torch.zeros([size(i) for i in network.output.indices], dtype=torch.float64)
+    rest = iter(tensors)
+    for term in network.terms:
+        number = {name: k for k, name in enumerate(term.indices)}
+        args: list[object] = []
+        for tensor in term.tensors:
+            args += [next(rest).reshape([size(i) for i in tensor.indices]), [number[i.name] for i in tensor.indices]]
+        carried = [i for i in network.output.indices if i.name in number]
+        value = torch.einsum(*args, [number[i.name] for i in carried])
+        total = total + value.reshape([size(i) if i.name in number else 1 for i in network.output.indices])
+    return total.reshape([math.prod(size(i) for i in axis) for axis in network.output.axes])
+
+
+def contraction(network: Network, symbols: Mapping[str, int], share: float) -> tuple[Contraction, list[int]]:
+    """The module of a network, and the sizes that it is to be given."""
+    sizes = {name: dims.evaluate(i.size, symbols) for name, i in network.indices.items()}
+    found = sizes_of(network)
+    names = {t.name for t in network.tensors}
+    plan = plan_of(network, sizes, names, PROFILE, share)
+    return Contraction("", found, [plan], []), [dims.evaluate(i.size, symbols) for i in found.given]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_values_and_gradients_of_random_networks(data: st.DataObject) -> None:
+    _, network = data.draw(strategies.networks("float64", max_tensors=6))
+    symbols = strategies.SYMBOLS
+    terms = tuple(replace(t, order=strategies.order_of(data.draw, len(t.tensors))) for t in network.terms)
+    network = replace(network, terms=terms)
+    generator = torch.Generator().manual_seed(0)
+    needs = [data.draw(st.booleans()) for _ in network.tensors]
+    tensors = []
+    for tensor, need in zip(network.tensors, needs, strict=True):
+        shape = [dims.evaluate(d, symbols) for d in tensor.shape]
+        tensors.append(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(need))
+    module, given_sizes = contraction(network, symbols, data.draw(st.sampled_from([0.0, 0.05, math.inf])))
+    found, wanted = module(tensors, given_sizes), expected(network, tensors, symbols)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    trained = [t for t in tensors if t.requires_grad]
+    if not trained or not wanted.requires_grad:
+        return
+    weights = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad(found, trained, weights)
+    theirs = torch.autograd.grad(wanted, trained, weights)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+CHAIN = """
+program
+  input x: float64[batch, 6]
+  input a: float64[2, 2, 2]
+  input b: float64[2, 3, 2, 2]
+  input c: float64[4]
+  network y: float64[batch, 4]
+    indices batch=batch, i1=2, i2=3, r=2, o1=2, o2=2, s=2
+    term
+      0 operand x[batch, (i1 i2)]
+      1 operand a[i1, o1, r]
+      2 operand b[r, i2, o2, s]
+      order ((0 1) 2)
+    term
+      0 operand c[(o1 o2)]
+    -> y[batch, (o1 o2)]
+  output y = y
+"""
+
+
+SHAPES = ((3, 6), (2, 2, 2), (2, 3, 2, 2), (4,))
+
+
+@pytest.mark.parametrize("share", [0.0, math.inf])
+def test_gradcheck(share: float) -> None:
+    (network,) = program_of(CHAIN).networks
+    module, _ = contraction(network, {"batch": 3}, share)
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
+    assert torch.autograd.gradcheck(lambda *given: module(given, []), tensors)
+
+
+def test_second_derivatives() -> None:
+    (network,) = program_of(CHAIN).networks
+    module, _ = contraction(network, {"batch": 3}, 0.0)
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
+    assert torch.autograd.gradgradcheck(lambda *given: module(given, []), tensors)
+
+
+def kept_bytes(module: Contraction, tensors: Sequence[torch.Tensor]) -> int:
+    """What is kept for the backward pass, beside the tensors themselves."""
+    given = {t.untyped_storage().data_ptr() for t in tensors}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        module(tensors, [])
+    return sum(found.values())
+
+
+def test_low_memory_keeps_no_intermediates() -> None:
+    (network,) = program_of(CHAIN).networks
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
+    high, low = (kept_bytes(contraction(network, {"batch": 3}, share)[0], tensors) for share in (0.0, math.inf))
+    assert low == 96 < high  # b, summed over s before anything else
+
+
+def test_the_order_follows_the_batch() -> None:
+    """Rows of a low-rank layer one by one; many rows through the full-rank one, merged first."""
+    text = """
+program
+  input x: float32[batch, 512]
+  input a: float32[512, 400]
+  input b: float32[400, 512]
+  network y: float32[batch, 512]
+    indices batch=batch, i=512, r=400, o=512
+    term
+      0 operand x[batch, i]
+      1 operand a[i, r]
+      2 operand b[r, o]
+    -> y[batch, o]
+  output y = y
+"""
+    program = program_of(text)
+    ordered, changes = TrainingOrder(frozenset("ab")).run(program, Context(batches=(4, 65536)))
+    (node,) = ordered.nodes
+    assert isinstance(node, Switch)
+    assert [case.terms[0].order for case in node.cases] == [((0, 1), 2), (0, (1, 2))]
+    assert 4 <= node.limits[0] < 65536
+    assert "order ((x a) b) or (x (a b))" in changes[0].what
+
+
+def test_the_search_prices_gradients() -> None:
+    """Where one side needs none, only the other's product is paid for."""
+    sizes = {"b": 64, "i": 256, "r": 8, "o": 256}
+    layouts = [("b", "i"), ("i", "r"), ("r", "o")]
+    seconds = []
+    for needs in ([False] * 3, [False, True, True], [True] * 3):
+        cost = TrainingCost(layouts, ("b", "o"), sizes, needs, PROFILE)
+        tree = cheapest_tree(cost)
+        assert tree in (((0, 1), 2), (2, (0, 1)))
+        arranged = cost.arrange(((0, 1), 2))
+        seconds.append(arranged.seconds)
+        assert is_recomputed(cost, arranged, math.inf)
+        assert not is_recomputed(cost, arranged, 0.0)
+    assert seconds[0] < seconds[1] < seconds[2]

@@ -1,0 +1,1 @@
+"""A program as a PyTorch module that can be trained."""
