@@ -205,7 +205,7 @@ def test_verify(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert good.read_bytes() == data and bad.read_bytes() == wrong
     bad.write_bytes(renamed(data))
     assert main(["verify", str(saved), str(bad)]) == 1
-    assert "tncompile: the compiled model has inputs" in capsys.readouterr().err
+    assert f"tncompile: {saved}: the compiled model has inputs" in capsys.readouterr().err
     assert main(["verify", str(good), str(saved)]) == 1
     assert "not an ONNX file; give the model first" in capsys.readouterr().err
 

@@ -122,7 +122,7 @@ def test_factorized_convolution(factorization: str, implementation: str) -> None
     )
     module.weight.normal_(0, 0.5)
     nn.init.normal_(module.bias)  # left as it was in memory by the layer
-    compiled = check_model(module, (4, 6, 5))
+    compiled = check_model(module, (4, 40, 36))
     assert "Conv" in operators(compiled.onnx)
 
 
@@ -302,7 +302,7 @@ def test_an_activation_keeps_networks_apart() -> None:
         (lambda: [nn.Linear(6, 5), nn.BatchNorm1d(5)], (6,), ["Gemm"]),
         (lambda: [nn.BatchNorm1d(6), nn.Linear(6, 5)], (6,), ["Gemm"]),
         (lambda: [nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)], (3, 4, 4), ["Conv"]),
-        (lambda: [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)], (3, 6, 6), ["Conv"]),
+        (lambda: [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)], (3, 40, 40), ["Conv"]),
     ],
     ids=["linear, norm", "norm, linear", "pointwise convolution, norm", "convolution, norm"],
 )

@@ -163,11 +163,11 @@ class Column(torch.nn.Module):
         self.first = torch.nn.Conv2d(1, 8, (5, 1), stride=(2, 1), padding=(2, 0))
         self.norm = torch.nn.BatchNorm2d(8)
         self.second = torch.nn.Conv2d(8, 16, (3, 1), padding=(1, 0), dilation=(1, 1))
-        self.head = torch.nn.Linear(16 * 8, 3)
+        self.head = torch.nn.Linear(16 * 256, 3)
         torch.nn.init.normal_(self.norm.running_mean)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x.reshape(-1, 1, 32, 1)
+        x = x.reshape(-1, 1, 1024, 1)
         y = self.norm(self.first(x).relu())
         y = torch.nn.functional.max_pool2d(self.second(y).relu(), (2, 1))
         return self.head(y.flatten(1)), y
@@ -176,11 +176,11 @@ class Column(torch.nn.Module):
 def test_a_column_is_computed_as_a_row(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Column()
-    compiled, _ = compile_and_optimize(module, (torch.randn(3, 32),), tmp_path)
+    compiled, _ = compile_and_optimize(module, (torch.randn(3, 1024),), tmp_path)
     nodes = onnx.load_from_string(compiled.onnx).graph.node
     kernels = [list(a.ints) for n in nodes if n.op_type == "Conv" for a in n.attribute if a.name == "kernel_shape"]
     assert kernels == [[1, 5], [1, 3]]
-    x = torch.randn(5, 32)
+    x = torch.randn(5, 1024)
     y = compiled.run(x)
     with torch.no_grad():
         reference = module.double()(x.double())

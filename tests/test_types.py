@@ -16,7 +16,7 @@ from torch.export import Dim
 
 import tncompile
 from tncompile.cli import main
-from tncompile.errors import LoadError, UnsupportedError
+from tncompile.errors import CheckError, UnsupportedError
 
 B = Dim("batch")
 
@@ -222,7 +222,7 @@ def test_float64(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
 
 
 def test_what_has_no_kernel_in_float64_says_so() -> None:
-    with pytest.raises(LoadError, match=r"has no Erf for this dtype on CPUExecutionProvider.*model\.float\(\)"):
+    with pytest.raises(CheckError, match=r"has no Erf for this dtype on CPUExecutionProvider.*model\.float\(\)"):
         tncompile.compile(nn.Sequential(linear(), nn.GELU()).double(), (X.double(),))
 
 

@@ -97,15 +97,17 @@ def als(tensor: Array, rank: int, norm: float, iterations: int = 200) -> Compone
     A large tensor is first projected on the leading subspaces of its modes, as many vectors as the rank (CANDELINC:
     Carroll, Pruzansky and Kruskal, Psychometrika 45, 1980), so that memory is that of the small one.
     """
+    import tensorly
     from tensorly.decomposition import parafac
 
     small, bases = _compressed(tensor, rank) if tensor.size > COMPRESS else (tensor, None)
     scale = float(np.linalg.norm(small)) or 1.0
     options = {"rank": rank, "n_iter_max": iterations, "tol": 1e-9, "init": (None, _start(small, rank))}
-    try:
-        weights, factors = parafac(small / scale, **options)
-    except np.linalg.LinAlgError:  # columns became parallel: a little ridge keeps the equations solvable
-        weights, factors = parafac(small / scale, l2_reg=1e-10, **options)
+    with tensorly.backend_context("numpy", local_threadsafe=True):  # another library may have set its own
+        try:
+            weights, factors = parafac(small / scale, **options)
+        except np.linalg.LinAlgError:  # columns became parallel: a little ridge keeps the equations solvable
+            weights, factors = parafac(small / scale, l2_reg=1e-10, **options)
     whole = [f if bases is None else bases[k] @ f for k, f in enumerate(factors)]
     weights, unit = normalized(np.asarray(weights) * scale, whole)
     error = float(np.linalg.norm(tensor - dense_of(weights, unit))) / norm

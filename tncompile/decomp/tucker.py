@@ -78,19 +78,21 @@ class Tucker(TreeFactorized):
 
     def refined(self, dense: Any, iterations: int) -> Self:
         """After some iterations of higher-order orthogonal iteration, from these factors."""
+        import tensorly
         from tensorly.decomposition import partial_tucker
 
         tensor = np.asarray(dense, np.float64).reshape(list(self.modes.values()))
         start = self.canonical()
         chosen = list(range(tensor.ndim)) if self.factored is None else list(self.factored)
-        (core, factors), _ = partial_tucker(
-            tensor,
-            rank=[factor.shape[1] for factor in start.cores[:-1]],
-            modes=chosen,
-            init=(start.cores[-1], list(start.cores[:-1])),
-            n_iter_max=iterations,
-            tol=1e-10,
-        )
+        with tensorly.backend_context("numpy", local_threadsafe=True):  # another library may have set its own
+            (core, factors), _ = partial_tucker(
+                tensor,
+                rank=[factor.shape[1] for factor in start.cores[:-1]],
+                modes=chosen,
+                init=(start.cores[-1], list(start.cores[:-1])),
+                n_iter_max=iterations,
+                tol=1e-10,
+            )
         norm = float(np.linalg.norm(tensor))
         refined = replace(self, cores=(*factors, core))
         error = refined.error(dense)
