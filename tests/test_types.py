@@ -278,6 +278,19 @@ def test_complex_numbers_inside(case: str) -> None:
     assert compiled.traced.reference is not compiled.traced.exported  # checked against the complex graph
 
 
+def test_complex_numbers_of_two_precisions() -> None:
+    def both(m: Any, x: torch.Tensor) -> torch.Tensor:
+        narrow = torch.complex(x, x + 1) @ m.p
+        return (narrow.to(torch.complex128) * m.q).abs()
+
+    parts = {"p": complex_of(8, 3), "q": complex_of(3, dtype=torch.complex128)}
+    compiled = tncompile.compile(Model(both, **parts), (X,), check=False)
+    expected = both(Model(both, **parts), X).detach().numpy()
+    found = compiled.run(X)
+    assert found.dtype == expected.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
 def test_complex_inputs_and_outputs_are_pairs() -> None:
     model = Model(lambda m, z: z @ m.p, p=complex_of(8, 3))
     z = torch.randn(4, 8, dtype=torch.complex64)

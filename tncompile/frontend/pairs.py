@@ -86,6 +86,9 @@ class _Pairs:
             return value.new_empty([*value.shape, 2], dtype=value.real.dtype)
 
     def _rewrite(self, node: Node) -> None:
+        if node.target is _aten._assert_tensor_metadata.default:  # of the dtype that is about to go
+            self.graph.erase_node(node)
+            return
         rule = _RULES.get(node.target)
         self.node = node
         with self.graph.inserting_before(node):
@@ -113,7 +116,8 @@ class _Pairs:
         return node
 
     def constant(self, name: str, tensor: torch.Tensor) -> Node:
-        """A constant of the model."""
+        """A constant of the model; those of one name and dtype are one."""
+        name = f"{name}_{str(tensor.dtype).removeprefix('torch.')}"
         if name not in self.constants:
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
@@ -249,7 +253,8 @@ def _conjugate(b: _Pairs, x: Node) -> Node:
 def _converted(b: _Pairs, x: Node, *_: Any, **__: Any) -> Node | None:
     if not is_complex(b.node):
         return None
-    return b.pair(x)
+    pair, wanted = b.pair(x), b.node.meta["val"].dtype.to_real()
+    return pair if pair.meta["val"].dtype == wanted else b.call(_aten._to_copy.default, pair, dtype=wanted)
 
 
 def _built(b: _Pairs, real: Node, imaginary: Node) -> Node:
