@@ -1,6 +1,6 @@
 """Weights of an exported program, mapped from its archive into memory instead of read.
 
-torch's reader gets the archive with a stand-in for each weight (see `tncompile.frontend.load`); the weights
+torch's reader gets the archive with a stand-in for each weight (see `tncompile.frontend.files.exported`); the weights
 themselves are pages of the file, which the system reads when they are wanted and may take back at any time.
 """
 
