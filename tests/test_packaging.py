@@ -27,6 +27,7 @@ LAYERS = (
     ("inspect",),
     ("compiler",),
     ("training",),
+    ("tensorize",),
     ("commands",),
     ("cli",),
     ("__init__", "__main__"),

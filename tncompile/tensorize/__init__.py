@@ -1,0 +1,1 @@
+"""Dense weights replaced by tensor formats, under a budget."""
