@@ -197,7 +197,7 @@ def test_weights_that_do_not_fit_are_named(package: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("factory", "said"),
     [
-        ("user_net", "write package.module:factory"),
+        ("user_net", "write package.module:function"),
         ("nowhere_at_all:make", "no module nowhere_at_all"),
         ("user_net:Nat", "user_net has no Nat; it has Net, number, broken"),
         ("user_net:number", "gives int, not a torch.nn.Module"),

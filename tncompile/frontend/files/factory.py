@@ -32,7 +32,7 @@ def build(factory: str | Callable[[], Any]) -> torch.nn.Module:
     import torch
 
     with importable_here():
-        function = _find(factory) if isinstance(factory, str) else factory
+        function = named(factory, "--model") if isinstance(factory, str) else factory
         try:
             module = function()
         except Exception as error:  # whatever the user's code raises
@@ -45,26 +45,31 @@ def build(factory: str | Callable[[], Any]) -> torch.nn.Module:
     return module
 
 
-def _find(factory: str) -> Any:
-    name, _, attribute = factory.partition(":")
+def named(reference: str, option: str) -> Callable[..., Any]:
+    """What ``package.module:function`` names; LoadError, which mentions the `option`, where there is no such thing.
+
+    To be called within `importable_here`.
+    """
+    name, _, attribute = reference.partition(":")
     if not name or not attribute:
-        raise LoadError(f"--model {factory}: write package.module:factory, a function or class that makes the module")
+        raise LoadError(f"{option} {reference}: write package.module:function, something to call")
     try:
         found: Any = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise LoadError(
-            f"--model {factory}: no module {error.name} (looked in the current directory and where Python looks); "
+            f"{option} {reference}: no module {error.name} (looked in the current directory and where Python looks); "
             "run from the folder that holds it, or install it"
         ) from error
     except Exception as error:  # whatever the user's code raises
-        raise LoadError(f"--model {factory}: importing {name} fails: {type(error).__name__}: {error}") from error
+        raise LoadError(f"{option} {reference}: importing {name} fails: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [n for n in vars(found) if not n.startswith("_") and callable(vars(found)[n])]
             raise LoadError(
-                f"--model {factory}: {name} has no {part}; it has {', '.join(public[:8]) or 'nothing to call'}"
+                f"{option} {reference}: {name} has no {part}; it has {', '.join(public[:8]) or 'nothing to call'}"
             )
         found = getattr(found, part)
     if not callable(found):
-        raise LoadError(f"--model {factory}: is not a function or class")
-    return found
+        raise LoadError(f"{option} {reference}: is not a function or class")
+    called: Callable[..., Any] = found
+    return called

@@ -1,0 +1,76 @@
+"""What a tensorized model may cost, and what it should be best at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from tncompile.errors import TNCompileError
+
+Prefer = Literal["both", "speed", "size"]
+"""What is made as small as it can be within the budget: time and size (their product), time alone, or size alone."""
+
+Metric = Callable[[Callable[..., Any]], float]
+"""A task metric, higher is better, of a callable that takes the model's inputs and gives its outputs (as tensors)."""
+
+BITS = ("fp32", "fp16", "int8", "int8-static", "int8-weights", "int4")
+"""How weights may be kept; see `tncompile.runtime.quantize`."""
+
+FORMATS = (
+    "svd",
+    "tensor-train",
+    "matrix-train",
+    "block-train",
+    "tucker",
+    "cp",
+    "kronecker",
+)
+"""What dense weights may become."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most this error, size and time; of these at least one is given.
+
+    `max_error`: relative error of the outputs on the calibration data (``|y - y0| / |y0|`` over all outputs and
+    samples). `max_drop`: by how much a task `metric` may fall, as a share of it: ``(before - after) / |before|``.
+    `max_size`: bytes of the written file, or as a share of the dense float32 file where it is below 1. `min_speedup`:
+    over the dense float32 file in ONNX Runtime, at the batch sizes planned for. `prefer` is what to minimize within
+    all of that; where neither `max_error` nor `max_drop` is given, the error is. TNCompileError for values that mean
+    nothing.
+    """
+
+    max_error: float | None = None
+    metric: Metric | None = None
+    max_drop: float | None = None
+    max_size: float | None = None
+    min_speedup: float | None = None
+    prefer: Prefer = "both"
+
+    def __post_init__(self) -> None:
+        given = (self.max_error, self.metric, self.max_size, self.min_speedup)
+        if all(value is None for value in given):
+            raise TNCompileError(
+                "tensorizing needs a budget: --max-error, --metric with --max-drop, --max-size or --min-speedup"
+            )
+        for name in ("max_error", "max_drop", "max_size", "min_speedup"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise TNCompileError(f"{name.replace('_', '-')} is a number above 0, not {value}")
+        if self.max_drop is not None and self.metric is None:
+            raise TNCompileError("--max-drop is that of a metric: name one with --metric package.module:function")
+        if self.metric is not None and self.max_drop is None:
+            object.__setattr__(self, "max_drop", 0.01)
+        if self.prefer not in get_args(Prefer):
+            raise TNCompileError(f"prefer is {', '.join(get_args(Prefer))}; not {self.prefer!r}")
+
+    @property
+    def bounds_error(self) -> bool:
+        """Whether an error is given that must not be exceeded."""
+        return self.max_error is not None or self.metric is not None
+
+    def drop(self, before: float, after: float) -> float:
+        """How far a metric fell, relative to what it was."""
+        return (before - after) / abs(before) if before else before - after
