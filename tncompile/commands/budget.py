@@ -1,0 +1,126 @@
+"""The options of a budget: what a tensorized model may cost, and what to measure that on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tncompile.commands.options import seconds
+
+if TYPE_CHECKING:
+    from tncompile.tensorize.budget import Budget
+
+_FORMATS = ("svd", "tensor-train", "matrix-train", "block-train", "tucker", "cp", "kronecker")
+_BITS = ("fp32", "fp16", "int8", "int8-static", "int8-weights", "int4")
+_UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "%": 1e-2}
+
+
+def budget_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    group = parser.add_argument_group(
+        "tensorizing", "replace dense weights by tensor formats of lower rank and fewer bits, within a budget"
+    )
+    group.add_argument(
+        "--max-error",
+        type=_positive,
+        metavar="E",
+        help="relative error of the outputs on the calibration data, like 0.01",
+    )
+    group.add_argument(
+        "--metric",
+        metavar="MODULE:FUNCTION",
+        help="a task metric on held-out data, higher is better: a function of your own that takes the model as a "
+        "callable (tensors in, tensors out) and gives a number",
+    )
+    group.add_argument(
+        "--max-drop",
+        type=_positive,
+        metavar="D",
+        help="how much of the metric may be lost, as a share of it (default 0.01)",
+    )
+    group.add_argument(
+        "--max-size", type=size, metavar="SIZE", help="of the file: 5MB, or 25%% of the dense float32 file"
+    )
+    group.add_argument("--min-speedup", type=_positive, metavar="X", help="over the dense float32 file in ONNX Runtime")
+    group.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        help="inputs of the kind the model will see: an .npz of arrays by input name (first axis: samples), or a "
+        "folder of such files; without them errors are those of the weights",
+    )
+    group.add_argument(
+        "--prefer",
+        choices=("both", "speed", "size"),
+        default="both",
+        help="what to minimize within the budget (default both: time times size)",
+    )
+    group.add_argument(
+        "--formats", type=_names(_FORMATS), default=_FORMATS, metavar="NAME,...", help=f"among {', '.join(_FORMATS)}"
+    )
+    group.add_argument(
+        "--bits", type=_names(_BITS), default=_BITS, metavar="NAME,...", help=f"among {', '.join(_BITS)}"
+    )
+    group.add_argument(
+        "--heal",
+        type=seconds,
+        metavar="SECONDS",
+        help="train the cores to give what the dense layers gave on the calibration data, part by part, for so long",
+    )
+    group.add_argument(
+        "--distill", type=seconds, metavar="SECONDS", help="then train all of them together, for so long"
+    )
+    group.add_argument(
+        "--checkpoint", metavar="FILE", help="where healing is kept; the same command resumes from there"
+    )
+
+
+def is_asked(options: argparse.Namespace) -> bool:
+    """Whether any option of a budget, or one that only makes sense with it, was given."""
+    names = ("max_error", "metric", "max_drop", "max_size", "min_speedup", "calibrate", "heal", "distill", "checkpoint")
+    return any(getattr(options, name) is not None for name in names)
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    """The budget that the options say. TNCompileError where they make none, LoadError where there is no such metric."""
+    from tncompile.tensorize.budget import Budget
+    from tncompile.tensorize.metric import load_metric
+
+    metric = None if options.metric is None else load_metric(options.metric)
+    return Budget(options.max_error, metric, options.max_drop, options.max_size, options.min_speedup, options.prefer)
+
+
+def size(text: str) -> float:
+    """``"5MB"`` -> 5e6 bytes; ``"25%"`` -> 0.25, a share. ValueError for anything else."""
+    stripped = text.strip()
+    number = stripped.rstrip("%BKMGbkmg").strip()
+    unit = stripped[len(number) :].strip().upper()
+    value = float(number) * _UNITS[unit] if unit in _UNITS else 0.0
+    if not 0 < value < float("inf") or (unit == "%" and value >= 1) or (unit != "%" and value < 1):
+        raise ValueError(text)
+    return value
+
+
+size.__name__ = "size"
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError(text)
+    return number
+
+
+_positive.__name__ = "positive number"
+
+
+def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def chosen(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            wrong = ", ".join(unknown) or repr(text)
+            raise argparse.ArgumentTypeError(f"no {wrong}; choose from {', '.join(known)}")
+        return names
+
+    return chosen
