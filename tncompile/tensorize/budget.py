@@ -71,6 +71,17 @@ class Budget:
         """Whether an error is given that must not be exceeded."""
         return self.max_error is not None or self.metric is not None
 
+    def __str__(self) -> str:
+        limits = [f"output error up to {self.max_error:g}"] * (self.max_error is not None)
+        limits += [f"metric down by up to {self.max_drop:.2%}" if self.max_drop is not None else ""]
+        if self.max_size is not None:
+            limits.append(
+                f"size up to {self.max_size:.0%} of dense" if self.max_size < 1 else f"up to {self.max_size / 1e6:g} MB"
+            )
+        limits += [f"at least {self.min_speedup:g} times as fast"] * (self.min_speedup is not None)
+        best = {"both": "time and size", "speed": "time", "size": "size"}[self.prefer] if self.bounds_error else "error"
+        return f"{', '.join(filter(None, limits))}; least {best}"
+
     def drop(self, before: float, after: float) -> float:
         """How far a metric fell, relative to what it was."""
         return (before - after) / abs(before) if before else before - after

@@ -81,6 +81,15 @@ class Site:
         """Numbers in the weights."""
         return sum(part.array.size for part in self.parts)
 
+    def restored(self, matrix: Array) -> dict[str, Array]:
+        """The weights of another matrix, by name, each in its own shape and dtype."""
+        found, start = dict[str, Array](), 0
+        for part in self.parts:
+            width = part.size(part.outs)
+            found[part.name] = part.restored(matrix[:, start : start + width]).astype(part.array.dtype)
+            start += width
+        return found
+
     @property
     def in_sizes(self) -> tuple[int, ...]:
         """The sizes of the axes that are contracted."""
@@ -116,12 +125,7 @@ class Replacement:
 
     def dense(self) -> dict[str, Array]:
         """What each weight becomes, by name, in its own shape and dtype."""
-        matrix, found, start = self.factorized.dense(), dict[str, Array](), 0
-        for part in self.site.parts:
-            width = part.size(part.outs)
-            found[part.name] = part.restored(matrix[:, start : start + width]).astype(part.array.dtype)
-            start += width
-        return found
+        return self.site.restored(self.factorized.dense())
 
 
 def composed(model: ImportedModel, context: Context | None = None) -> Program:

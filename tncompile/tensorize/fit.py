@@ -1,0 +1,60 @@
+"""The largest error to plan with: estimates corrected by evaluating whole plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tncompile.tensorize.judge import Found, Judge
+from tncompile.tensorize.search import Plan
+
+TRIALS = 7
+"""Plans that are evaluated."""
+
+FIRST, LARGEST = 0.03, 2.0
+"""The error to begin with where only a drop of a metric is given, and where to stop asking for more."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The last plan that was within the budget, by an evaluation with its weights in the model as it came in."""
+
+    plan: Plan
+    limit: float
+    found: Found
+
+
+def fit(
+    judge: Judge,
+    plan_for: Callable[[float], Plan | None],
+    evaluate: Callable[[Plan], Found],
+    progress: Callable[[str], None],
+) -> Fitted | None:
+    """Bisect the estimated error, on a logarithmic scale, for the largest whose plan is accepted; None where none is.
+
+    `plan_for` gives the plan for an estimated error, None where there is none.
+    """
+    best: Fitted | None = None
+    low, high = 0.0, math.inf
+    limit = judge.budget.max_error or FIRST
+    tried: dict[tuple[object, ...], Found] = {}
+    for trial in range(TRIALS):
+        plan = plan_for(limit)
+        if plan is None:
+            return best
+        key = tuple((option.site.name, option.label) for option in plan.options)
+        if key not in tried:
+            progress(f"evaluating plan {trial + 1} of at most {TRIALS}, expected error {plan.error:.2g}")
+            tried[key] = evaluate(plan)
+        found = tried[key]
+        if judge.accepts(found):
+            low, best = limit, Fitted(plan, limit, found)
+            if limit >= LARGEST:
+                break
+        else:
+            high = limit
+        if high < low * 1.1:
+            break
+        limit = math.sqrt(low * high) if low and high < math.inf else limit * 2 if low else limit / 3
+    return best

@@ -1,0 +1,111 @@
+"""The ways to keep each site: formats and ranks times bits, with the error, time and bytes expected of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tncompile.ir import Array
+from tncompile.runtime.quantize import simulated
+from tncompile.tensorize.search import Option, front
+from tncompile.tensorize.sites import Replacement, Site
+
+UNKNOWN_ACTIVATIONS = 0.01
+"""The relative error that activations of eight bits are taken to make where there is no data: normal numbers of a range
+of six standard deviations on 255 steps."""
+
+ROUNDED_ACTIVATIONS = ("int8", "int8-static")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a site's inputs are like: second moments [in, in] of a row of them (None where there is no data), and the
+    step between two neighbours of 8 bits over the range that they take."""
+
+    moments: Array | None = None
+    step: float | None = None
+
+
+def local_error(exact: Array, found: Array, moments: Array | None) -> float:
+    """``|x (W - V)| / |x W|`` over inputs of some second moments [in, in]; of the weights where there are none.
+
+    ``E |x D|^2 = tr(D' M D)``.
+    """
+    difference = found - exact
+    if moments is None:
+        wrong, norm = float(np.sum(difference**2)), float(np.sum(exact**2))
+    else:
+        wrong = float(np.sum((moments @ difference) * difference))
+        norm = float(np.sum((moments @ exact) * exact))
+    return math.sqrt(max(wrong, 0.0) / norm) if norm > 0 else 0.0
+
+
+def rounding_error(site: Site, replacement: Replacement | None, bits: str, statistics: Statistics) -> float:
+    """The relative error of a site's output that rounding makes, beside that of the format.
+
+    Weights are rounded as they will be. Activations of eight bits are off by up to half a step, evenly, so that each
+    input of a dot product adds ``step^2 / 12`` times its weight squared; every core has such inputs.
+    """
+    if bits == "fp32":
+        return 0.0
+    exact = _dense(site, replacement)
+    weights = local_error(exact, _rounded(site, replacement, bits), statistics.moments)
+    if bits not in ROUNDED_ACTIVATIONS:
+        return weights
+    cores = 1 if replacement is None else len(replacement.factorized.cores)
+    if statistics.moments is None or statistics.step is None:
+        return math.hypot(weights, math.sqrt(cores) * UNKNOWN_ACTIVATIONS)
+    norm = float(np.sum((statistics.moments @ exact) * exact))
+    noise = statistics.step**2 / 12 * float(np.sum(exact**2))
+    return math.hypot(weights, math.sqrt(cores * noise / norm) if norm > 0 else 0.0)
+
+
+def _dense(site: Site, replacement: Replacement | None) -> Array:
+    return np.asarray(site.matrix, np.float64) if replacement is None else replacement.factorized.dense()
+
+
+def _rounded(site: Site, replacement: Replacement | None, bits: str) -> Array:
+    """The matrix once its weight, or each of its cores, is rounded. Channels are outputs, for a table its rows."""
+    if replacement is None:
+        axis = 0 if site.parts[0].gathered else 1
+        return np.asarray(simulated(site.matrix, bits, axis), np.float64)
+    made = replacement.factorized
+    cores = tuple(
+        np.asarray(simulated(c, bits, _channels(made.labels[k])), np.float64) for k, c in enumerate(made.cores)
+    )
+    return replace(made, cores=cores).dense()
+
+
+def _channels(labels: Sequence[str]) -> int:
+    """The axis of a core that the outputs of its contraction lie along: its last bond or mode of the output."""
+    return max(k for k, label in enumerate(labels) if k == len(labels) - 1 or label.startswith("o"))
+
+
+def rounded(option: Option) -> dict[str, Array]:
+    """The numbers of a site's weights as an option keeps them, by name, each in the shape of the weight."""
+    site, replacement = option.site, option.replacement
+    matrix = _dense(site, replacement) if option.bits == "fp32" else _rounded(site, replacement, option.bits)
+    return site.restored(matrix)
+
+
+def options(
+    site: Site,
+    ways: Mapping[Replacement | None, tuple[float, Mapping[str, float], Mapping[str, int]]],
+    sensitivity: float,
+    statistics: Statistics,
+) -> tuple[Option, ...]:
+    """The Pareto front of a site's ways.
+
+    `ways` has for each replacement (None: dense) the relative error of the site's output, and for each of the bits that
+    it can be kept in the seconds and bytes. `sensitivity` is the relative error of the model's outputs over that of
+    the site's.
+    """
+    found = []
+    for replacement, (error, seconds, sizes) in ways.items():
+        for bits in seconds:
+            local = math.hypot(error, rounding_error(site, replacement, bits, statistics))
+            found.append(Option(site, replacement, bits, sensitivity * local, seconds[bits], sizes[bits]))
+    return front(found)
