@@ -17,6 +17,8 @@ _LAZY = {
     "compile_file": "tncompile.compiler",
     "save": "tncompile.compiler",
     "to_torch": "tncompile.training",
+    "tensorize": "tncompile.tensorize.tensorize",
+    "Tensorized": "tncompile.tensorize.tensorize",
     "LoadOptions": "tncompile.frontend.load",
     "parse_input": "tncompile.frontend.files.inputs",
     "Pipeline": "tncompile.passes",
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from tncompile.frontend.files.inputs import parse_input
     from tncompile.frontend.load import LoadOptions
     from tncompile.passes import Pipeline
+    from tncompile.tensorize.tensorize import Tensorized, tensorize
     from tncompile.training import to_torch
 
 
@@ -49,11 +52,13 @@ __all__ = [
     "LoadOptions",
     "Pipeline",
     "TNCompileError",
+    "Tensorized",
     "__version__",
     "compile",
     "compile_exported",
     "compile_file",
     "parse_input",
     "save",
+    "tensorize",
     "to_torch",
 ]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tncompile.commands import bench, compile, inspect, tune, verify
+from tncompile.commands import bench, compile, inspect, tensorize, tune, verify
 from tncompile.errors import TNCompileError, TNCompileWarning
 from tncompile.runtime import signals
 from tncompile.runtime.files import reason
@@ -22,6 +22,7 @@ COMMANDS: dict[str, Command] = {
     "verify": (verify.parser, verify.run),
     "tune": (tune.parser, tune.run),
     "bench": (bench.parser, bench.run),
+    "tensorize": (tensorize.parser, tensorize.run),
 }
 _AS_IT_WAS = "no file was left half written"
 

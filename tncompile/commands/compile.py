@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tncompile import __version__
+from tncompile.commands.budget import budget_options, is_asked
 from tncompile.commands.options import (
     MODEL_HELP,
     Progress,
@@ -21,8 +22,8 @@ from tncompile.commands.options import (
     planning_options,
     seconds,
 )
-from tncompile.errors import OutputError
-from tncompile.runtime.files import check_not_the_model, check_writable, data_path, write_file
+from tncompile.commands.paths import check_paths
+from tncompile.runtime.files import write_file
 
 if TYPE_CHECKING:
     from tncompile.compiler import CompiledModel
@@ -34,6 +35,7 @@ other commands:
   tncompile inspect FILE     show the tensor networks of a model or of a compiled file
   tncompile verify MODEL OUT check a compiled file against the model it came from
   tncompile tune --device    measure this machine, for better plans on it
+  tncompile tensorize MODEL  make a dense model smaller and faster within a budget of error
   tncompile bench MODEL      time the compiled model beside the other ways to run it
 """
 
@@ -75,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")
     result.add_argument("--no-check", action="store_true", help="do not compare with the model in float64")
     example_option(result)
+    budget_options(result)
     result.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     result.add_argument("--version", action="version", version=f"tncompile {__version__}")
     return result
@@ -82,9 +85,13 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Compile, check, write and say what was done."""
+    if is_asked(options):
+        from tncompile.commands.tensorize import from_compile
+
+        return from_compile(options)
     model, output = Path(options.model), Path(options.output)
     report = None if options.report is None else Path(options.report)
-    _check_paths(model, output, report)
+    check_paths(model, output, report)
     passes(options)  # wrong ones are told before any work
     from tncompile.frontend.load import detect
 
@@ -142,20 +149,3 @@ def _files(output: Path, models: list[CompiledModel]) -> dict[Path, CompiledMode
     if len({model.stored.file.message for model in models}) == 1:  # it names all cores, plans and sizes
         return {output: models[0]}
     return {output.with_name(f"{output.stem}.b{m.report.batches[0]}{output.suffix}"): m for m in models}
-
-
-def _check_paths(model: Path, output: Path, report: Path | None) -> None:
-    """Say what is wrong with the paths before any work is done."""
-    for path in (output, report):
-        if path is not None:
-            check_writable(path)
-    for path in (output, data_path(output), report):
-        if path is not None:
-            check_not_the_model(path, model)
-    if data_path(output).is_file():
-        from tncompile.frontend.onnx.load import external_files
-
-        for file in external_files(model):
-            check_not_the_model(data_path(output), file)
-    if report is not None and report.absolute() == output.absolute():
-        raise OutputError(f"{report}: the report would overwrite the output; give it another name")

@@ -1,0 +1,121 @@
+"""``tncompile tensorize MODEL -o OUT``: make a dense model smaller and faster within a budget."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tncompile.commands.budget import budget_of, budget_options
+from tncompile.commands.options import (
+    MODEL_HELP,
+    Progress,
+    console,
+    load_example,
+    loading,
+    loading_options,
+    passes,
+    planning_options,
+)
+from tncompile.commands.paths import check_paths
+from tncompile.errors import TNCompileError
+from tncompile.runtime.files import check_not_the_model, check_writable, write_file
+
+HELP = """\
+Replace dense weights by tensor formats of lower rank and fewer bits, whatever mix of them is best on this machine within
+the budget that you name: --max-error, --metric with --max-drop, --max-size or --min-speedup.
+
+  tncompile tensorize model.pt2 -o small.onnx --calibrate inputs.npz --max-error 0.01
+  tncompile tensorize model.pt2 -o small.onnx --calibrate inputs.npz --metric my.task:accuracy --max-drop 0.01
+  tncompile tensorize model.pt2 -o small.pt2  --calibrate inputs.npz --max-size 30% --heal 120
+
+Every way is measured, the dense model and plain quantization among them: where one of these is best, that is what is
+written, and said. OUT is an ONNX file, or (.pt2) the model with its cores as parameters, in float32, to train further.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    result = argparse.ArgumentParser(
+        prog="tncompile tensorize", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    result.add_argument("-o", "--output", metavar="OUT", required=True, help="the .onnx or .pt2 file to write")
+    loading_options(result)
+    planning_options(result)
+    budget_options(result)
+    result.add_argument("--report", metavar="FILE", help="write every way and what it costs as JSON")
+    result.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    return result
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search, measure, write and say what was done."""
+    budget_of(options)  # a wrong one is told before any work
+    passes(options)
+    return tensorized(options, {})
+
+
+def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
+    """As `run`; `compiling` are further options of `compile_exported`."""
+    model, output = Path(options.model), Path(options.output)
+    report = None if options.report is None else Path(options.report)
+    check_paths(model, output, report)
+    checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
+    if checkpoint is not None:
+        check_writable(checkpoint)
+        check_not_the_model(checkpoint, model)
+    from tncompile.frontend.load import detect
+
+    detect(model)  # a missing file is told before torch is loaded
+    if options.calibrate is not None and not Path(options.calibrate).exists():
+        raise TNCompileError(f"--calibrate {options.calibrate}: no such file or folder")
+    from tncompile.passes import DEFAULT
+    from tncompile.runtime.timing import wait_politely
+
+    wait_politely()
+    from tncompile.tensorize.tensorize import Healing, kind_of, tensorize_file
+
+    kind = kind_of(output)
+    with Progress(options.quiet) as progress:
+        progress(f"loading {model}")
+        made = tensorize_file(
+            model,
+            options.calibrate,
+            budget_of(options),
+            loading(options),
+            formats=options.formats,
+            bits=options.bits if kind == "onnx" else ("fp32",),
+            healing=Healing(options.heal, options.distill, checkpoint),
+            batch=options.batch,
+            sizes=dict(options.dim),
+            passes=passes(options) or DEFAULT,
+            profile=options.profile,
+            max_memory=options.max_memory,
+            progress=progress,
+            **compiling,
+        )
+        made.save(output)
+        if report is not None:
+            text = json.dumps({**made.report.to_dict(), "output": str(output)}, indent=1, ensure_ascii=False)
+            write_file(report, (text + "\n").encode())
+    if not options.quiet:
+        out = console(sys.stdout)
+        for part in made.report.render():
+            out.print(part)
+        out.print(f"wrote {output}" + (f", report in {report}" if report else ""), highlight=False)
+    return 0
+
+
+def from_compile(options: argparse.Namespace) -> int:
+    """``tncompile MODEL -o OUT`` with options of a budget. TNCompileError for those that do not go with it."""
+    for name, value in (("--external-data", options.external_data), ("--no-check", options.no_check)):
+        if value:
+            raise TNCompileError(f"{name} does not go with a budget: quantizing and measuring need the whole file")
+    if options.device != "cpu":
+        raise TNCompileError("tensorizing is for the CPU yet: leave --device out")
+    budget_of(options)
+    examples = [load_example(path) for path in options.example]
+    return tensorized(options, {"store": options.store, "tune": options.tune, "examples": examples})
