@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tncompile.tensorize.budget import Budget
 
 _FORMATS = ("svd", "tensor-train", "matrix-train", "block-train", "tucker", "cp", "kronecker")
-_BITS = ("fp32", "fp16", "int8", "int8-static", "int8-weights", "int4")
+_BITS = ("fp32", "fp16", "int8-weights", "int8", "int8-static", "int4-weights", "int4")
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "%": 1e-2}
 
 
@@ -37,7 +37,7 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=_positive,
         metavar="D",
-        help="how much of the metric may be lost, as a share of it (default 0.01)",
+        help="how far the metric may fall, in its own units (default 0.01: a point of an accuracy)",
     )
     group.add_argument(
         "--max-size", type=size, metavar="SIZE", help="of the file: 5MB, or 25%% of the dense float32 file"
@@ -79,6 +79,11 @@ def is_asked(options: argparse.Namespace) -> bool:
     """Whether any option of a budget, or one that only makes sense with it, was given."""
     names = ("max_error", "metric", "max_drop", "max_size", "min_speedup", "calibrate", "heal", "distill", "checkpoint")
     return any(getattr(options, name) is not None for name in names)
+
+
+def has_budget(options: argparse.Namespace) -> bool:
+    """Whether a limit was given."""
+    return any(getattr(options, name) is not None for name in ("max_error", "metric", "max_size", "min_speedup"))
 
 
 def budget_of(options: argparse.Namespace) -> Budget:

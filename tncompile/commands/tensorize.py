@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tncompile.commands.budget import budget_of, budget_options
+from tncompile.commands.budget import budget_of, budget_options, has_budget
 from tncompile.commands.options import (
     MODEL_HELP,
     Progress,
@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Search, measure, write and say what was done."""
+    if not has_budget(options):
+        parser().error("name a budget: --max-error, --metric with --max-drop, --max-size or --min-speedup")
     budget_of(options)  # a wrong one is told before any work
     passes(options)
     return tensorized(options, {})

@@ -15,9 +15,6 @@ Prefer = Literal["both", "speed", "size"]
 Metric = Callable[[Callable[..., Any]], float]
 """A task metric, higher is better, of a callable that takes the model's inputs and gives its outputs (as tensors)."""
 
-BITS = ("fp32", "fp16", "int8", "int8-static", "int8-weights", "int4")
-"""How weights may be kept; see `tncompile.runtime.quantize`."""
-
 FORMATS = (
     "svd",
     "tensor-train",
@@ -35,7 +32,7 @@ class Budget:
     """At most this error, size and time; of these at least one is given.
 
     `max_error`: relative error of the outputs on the calibration data (``|y - y0| / |y0|`` over all outputs and
-    samples). `max_drop`: by how much a task `metric` may fall, as a share of it: ``(before - after) / |before|``.
+    samples). `max_drop`: by how much a task `metric` may fall, in its own units: 0.01 is a point of an accuracy.
     `max_size`: bytes of the written file, or as a share of the dense float32 file where it is below 1. `min_speedup`:
     over the dense float32 file in ONNX Runtime, at the batch sizes planned for. `prefer` is what to minimize within
     all of that; where neither `max_error` nor `max_drop` is given, the error is. TNCompileError for values that mean
@@ -73,7 +70,7 @@ class Budget:
 
     def __str__(self) -> str:
         limits = [f"output error up to {self.max_error:g}"] * (self.max_error is not None)
-        limits += [f"metric down by up to {self.max_drop:.2%}" if self.max_drop is not None else ""]
+        limits += [f"metric down by up to {self.max_drop:g}" if self.max_drop is not None else ""]
         if self.max_size is not None:
             limits.append(
                 f"size up to {self.max_size:.0%} of dense" if self.max_size < 1 else f"up to {self.max_size / 1e6:g} MB"
@@ -81,7 +78,3 @@ class Budget:
         limits += [f"at least {self.min_speedup:g} times as fast"] * (self.min_speedup is not None)
         best = {"both": "time and size", "speed": "time", "size": "size"}[self.prefer] if self.bounds_error else "error"
         return f"{', '.join(filter(None, limits))}; least {best}"
-
-    def drop(self, before: float, after: float) -> float:
-        """How far a metric fell, relative to what it was."""
-        return (before - after) / abs(before) if before else before - after

@@ -44,7 +44,7 @@ class Judge:
         if self.budget.metric is None or self.metric is None:
             return Found(error)
         value = value_of(self.budget.metric, as_tensors(run, self.inputs))
-        return Found(error, value, self.budget.drop(self.metric, value))
+        return Found(error, value, self.metric - value)
 
     def accepts(self, found: Found) -> bool:
         """Whether a model is within the budget's error and drop."""

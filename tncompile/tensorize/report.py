@@ -83,7 +83,7 @@ class TensorizeReport:
             table.add_column(title, justify="right", no_wrap=True)
         for way in self.ways:
             numbers = [_number(way.ms.get(b)) for b in batches]
-            cells = [f"{way.size / 1e6:.3g}", *numbers, _number(way.error), _number(way.metric, 5), _share(way.drop)]
+            cells = [f"{way.size / 1e6:.3g}", *numbers, _number(way.error), _number(way.metric, 5), _number(way.drop)]
             if way.note and not way.ms:
                 cells = [way.note, *[""] * (len(cells) - 1)]
             style = "bold" if way.name == self.chosen else ""
@@ -113,10 +113,6 @@ class TensorizeReport:
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:,.{digits}g}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
 
 
 def verdict(chosen: Measured, dense: Measured, quantized: Sequence[Measured], refused: Sequence[str] = ()) -> str:

@@ -20,9 +20,9 @@ from tncompile.frontend.model import LoadedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.trace import trace
 from tncompile.runtime.files import check_writable, write_file
-from tncompile.runtime.quantize import whole
+from tncompile.runtime.quantize import BITS, whole
 from tncompile.runtime.session import Session
-from tncompile.tensorize.budget import BITS, FORMATS, Budget
+from tncompile.tensorize.budget import FORMATS, Budget
 from tncompile.tensorize.fit import Fitted, fit
 from tncompile.tensorize.heal import heal
 from tncompile.tensorize.judge import Found, Judge
@@ -37,9 +37,6 @@ from tncompile.tensorize.ways import fronts
 from tncompile.training import to_torch
 
 OURS, DENSE = "tensorized", "dense, fp32"
-
-WHOLE = ("fp16", "int8-weights", "int8", "int8-static", "int4")
-"""Bits that a whole model is tried in, without any tensor format."""
 
 CORRECTIONS = 3
 """How often a plan is made anew where the file that it became was not within the budget."""
@@ -224,7 +221,7 @@ class _Search:
     def _whole(self, made: Prepared, dense: Realized) -> dict[str, bytes]:
         """The dense file in fewer bits throughout."""
         found: dict[str, bytes] = {}
-        for bits in WHOLE:
+        for bits in BITS[1:]:
             if bits in self.bits and (bits != "int8-static" or made.train):
                 self.progress(f"quantizing the dense model to {bits}")
                 try:
@@ -352,7 +349,7 @@ class _Search:
         for way in measured.values():
             numbers = [f"{way.size / 1e6:.3g} MB", f"{measured[DENSE].mean_ms / way.mean_ms:.2f} times as fast"]
             numbers += [f"error {way.error:.2g}"] * (way.error is not None)
-            numbers += [f"drop {way.drop:.2%}"] * (way.drop is not None)
+            numbers += [f"drop {way.drop:.3g}"] * (way.drop is not None)
             told.append(f"{way.name} ({', '.join(numbers)})")
         return f"nothing is within the budget ({self.budget}): there is {'; '.join(told)}"
 
