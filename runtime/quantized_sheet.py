@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from tncompile.ir import Array
 from tncompile.runtime.quantized_graph import Constants, identity
 from tncompile.runtime.quantized_names import Names
-from tncompile.runtime.quantized_round import BLOCK, quiet
+from tncompile.runtime.quantized_round import BLOCK, Eight, quiet
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -46,26 +49,43 @@ def sheet(nodes: Sequence[NodeProto], shown: Iterable[str], constants: Constants
 
 def dynamic(model: ModelProto) -> ModelProto:
     """Eight bits, a scale for each channel; activations are quantized as they come."""
+    import onnx
+
     with quiet():
-        from onnx import TensorProto
         from onnxruntime.quantization import QuantType
         from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
         from onnxruntime.quantization.quant_utils import QuantizationMode
 
-        options = {"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT}
+        matrices = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
+        arrays = {t.name: t for t in model.graph.initializer if t.name in matrices and len(t.dims) > 2}
+        batched = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in arrays.items()}
+        options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
         types = ["MatMul", "LSTM"]  # a Gemm is made a MatMul and an Add
         quantizer = ONNXQuantizer(
             model, True, False, QuantizationMode.IntegerOps, False, QuantType.QInt8, QuantType.QUInt8, None, [], [],
             types, options,
         )  # fmt: skip
         quantizer.quantize_model()
-        return _result(quantizer)
+    _by_matrix(quantizer.model.model, batched)
+    return _result(quantizer)
+
+
+def _by_matrix(model: ModelProto, batched: Mapping[str, Array]) -> None:
+    """A scale for each column of each matrix of a stack: the library has one for a column of all, which cannot run."""
+    import onnx
+
+    tensors = {t.name: t for t in model.graph.initializer}
+    for name, weight in batched.items():
+        eight = Eight.of(weight, [axis for axis in range(weight.ndim) if axis != weight.ndim - 2])
+        zero = np.zeros(eight.scale.shape, np.int8)
+        for suffix, array in (("quantized", eight.values), ("scale", eight.scale), ("zero_point", zero)):
+            tensor = tensors[f"{name}_{suffix}"]
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
 
 def static(model: ModelProto, ranges: Ranges) -> ModelProto:
     """Eight bits, a scale for each channel; activations by their ranges, those that a matrix product makes excepted."""
     with quiet():
-        import numpy as np
         from onnxruntime.quantization import CalibrationMethod, QuantType
         from onnxruntime.quantization.calibrate import TensorData, TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer

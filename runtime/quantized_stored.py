@@ -1,7 +1,7 @@
 """Weights that are smaller in the file alone: nodes of constants make float32 of them, folded at load.
 
-ONNX Runtime folds what depends on constants alone. The nodes are plain operators of any operator set, so that any runtime reads the file; the value that they end in has the
-weight's name, so that no reader changes, branches of an ``If`` among them.
+The nodes are plain operators of any operator set, so that any runtime reads the file. The value that they end in has
+the weight's name, so that no reader changes, branches of an ``If`` among them.
 """
 
 from __future__ import annotations
