@@ -1,0 +1,155 @@
+"""Compiled ONNX files in fewer bits: each network as it is chosen, or all that can be.
+
+The rounding is onnxruntime.quantization's. A key of a choice is the value of a network (``tncompile.network`` in the
+metadata of its nodes), or the first output of another node that reads weights: an embedding table, an LSTM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tncompile.errors import TNCompileError
+from tncompile.ir import Array
+from tncompile.runtime.quantized_finish import finish, store
+from tncompile.runtime.quantized_graph import Constants, graphs_of, identity, read, subgraphs, written
+from tncompile.runtime.quantized_names import Names
+from tncompile.runtime.quantized_ranges import ranges
+from tncompile.runtime.quantized_round import BITS, STORED, check_bits, simulated, stored_bytes
+from tncompile.runtime.quantized_sheet import back, dynamic, four, sheet, static
+from tncompile.runtime.quantized_sites import Site, sites
+from tncompile.runtime.quantized_stored import Writer, eight_bit_rows, four_bit_rows
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
+
+__all__ = ["BITS", "STORED", "quantizable", "quantize", "simulated", "stored_bytes"]
+
+_CARRIERS = {
+    *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"),
+    *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"),
+}
+"""What ONNX Runtime computes in eight bits too, where all that flows in is in eight bits already."""
+
+Replacements = dict[str, list["NodeProto"]]
+
+
+def quantizable(model: bytes) -> dict[str, tuple[str, ...]]:
+    """What each network, and each other node that reads float32 weights, can be computed in, as `BITS` are ordered.
+
+    A network of several nodes has a way that any of them has; the others then stay float32. Weights of less than 256
+    numbers do not count. LoadError where the model cannot be read.
+    """
+    found: dict[str, set[str]] = {}
+    for site in sites(Constants(read(model))):
+        found.setdefault(site.key, set()).update(site.bits)
+    return {key: tuple(b for b in BITS if b in bits) for key, bits in found.items()}
+
+
+def quantize(model: bytes, choice: Mapping[str, str], calibration: Sequence[Mapping[str, Array]] = ()) -> bytes:
+    """A model whose networks are computed as chosen: keys are those of `quantizable`, what is not named stays as it is.
+
+    `calibration` has inputs by name, for ``int8-static``. Between two convolutions so computed, operations without
+    weights that ONNX Runtime has in eight bits are computed so too. A weight that is smaller in the file alone stays
+    float32 where another node reads it as such. Metadata stays, also on nodes that take the place of others. The same
+    arguments give the same bytes. TNCompileError for an unknown key, for what it cannot be computed in, for missing or
+    unfit calibration data.
+    """
+    proto = read(model)
+    constants = Constants(proto)
+    found = sites(constants)
+    chosen = _chosen(found, choice)
+    if not chosen:
+        return model
+    names = Names.of(proto)
+    replaced: Replacements = {}
+    for graph in {id(site.graph): site.graph for site, _ in chosen}.values():
+        mine = [(site, bits) for site, bits in chosen if site.graph is graph]
+        replaced |= _computed(graph, mine, constants, calibration, names)
+    for graph in [*graphs_of(proto.graph)][::-1]:  # inner ones first, as what is put into a graph is a copy
+        _rewrite(graph, replaced)
+    store(proto, {site.key: bits for site, bits in chosen if bits in STORED}, names)
+    finish(proto, names)
+    return written(proto)
+
+
+def _chosen(found: Sequence[Site], choice: Mapping[str, str]) -> list[tuple[Site, str]]:
+    """The sites that are to change, and to what."""
+    ways: dict[str, set[str]] = {}
+    for site in found:
+        ways.setdefault(site.key, set()).update(site.bits)
+    for key, bits in choice.items():
+        check_bits(bits)
+        if key not in ways:
+            some = ", ".join([*ways][:5]) + (", …" if len(ways) > 5 else "")
+            raise TNCompileError(f"nothing to quantize is called {key!r} in this model; it has {some or 'nothing'}")
+        if bits not in ways[key]:
+            known = ", ".join(b for b in BITS if b in ways[key])
+            raise TNCompileError(f"{key} cannot be computed in {bits}, only in {known}")
+    wanted = [(site, choice.get(site.key, "fp32")) for site in found]
+    return [(site, bits) for site, bits in wanted if bits != "fp32" and bits in site.bits]
+
+
+def _computed(
+    graph: GraphProto,
+    chosen: Sequence[tuple[Site, str]],
+    constants: Constants,
+    calibration: Sequence[Mapping[str, Array]],
+    names: Names,
+) -> Replacements:
+    """What takes the place of those nodes of a graph that are not computed in float32 any more."""
+    result: Replacements = {}
+    tables = [(site, bits) for site, bits in chosen if site.node.op_type == "Gather" and bits not in STORED]
+    for site, bits in tables:
+        writer = Writer(site.node.name or site.key, names, {p.key: p.value for p in site.node.metadata_props})
+        write = eight_bit_rows if bits == "int8" else four_bit_rows
+        write(writer, constants.array(site.weights[0]), site.node.input[1], site.node.output[0])
+        result[identity(site.node)] = writer.nodes
+    for way in ("int8", "int8-static", "int4"):
+        nodes = [site.node for site, bits in chosen if bits == way and site.node.op_type != "Gather"]
+        if not nodes:
+            continue
+        if way == "int8-static":
+            nodes = _carried(graph, nodes)
+        part = sheet(nodes, _shown(graph, nodes), constants)
+        if way == "int8-static":
+            values = dict.fromkeys([*(i.name for i in part.graph.input), *(o for n in nodes for o in n.output)])
+            done = static(part, ranges(constants.model, [*values], calibration))
+        else:
+            done = dynamic(part) if way == "int8" else four(part)
+        result |= back(nodes, done, constants, names)
+    return result
+
+
+def _carried(graph: GraphProto, nodes: Sequence[NodeProto]) -> list[NodeProto]:
+    """The nodes, and what is computed of their results in eight bits all the same, in order."""
+    wanted = {identity(node) for node in nodes}
+    eight = {node.output[0] for node in nodes if node.op_type == "Conv"}
+    found = []
+    for node in graph.node:
+        data = node.input[:1] if node.op_type not in ("Add", "Mul", "Concat") else node.input
+        carried = node.op_type in _CARRIERS and data and {*data} <= eight and len(node.output) == 1
+        if carried:
+            eight.add(node.output[0])
+        if carried or identity(node) in wanted:
+            found.append(node)
+    return found
+
+
+def _shown(graph: GraphProto, nodes: Sequence[NodeProto]) -> set[str]:
+    """The values of some nodes that others read, or that the graph shows."""
+    inside = {identity(node) for node in nodes}
+    shown = {output.name for output in graph.output}
+    for node in graph.node:
+        shown |= set() if identity(node) in inside else {*node.input}
+        for inner in (g for part in subgraphs(node) for g in graphs_of(part)):
+            shown |= {o.name for o in inner.output} | {name for n in inner.node for name in n.input}
+    return shown
+
+
+def _rewrite(graph: GraphProto, replaced: Replacements) -> None:
+    """Put what takes the place of nodes into a graph."""
+    nodes = [new for node in graph.node for new in replaced.get(identity(node), [node])]
+    if any(identity(node) in replaced for node in graph.node):
+        del graph.node[:]
+        graph.node.extend(nodes)

@@ -1,0 +1,173 @@
+"""The nodes of a graph that are to be quantized, as a model of their own for onnxruntime.quantization, and back.
+
+The library takes whole models: it turns every Gemm into two nodes, forgets metadata, and cannot quantize inside an
+``If`` with calibrated ranges. Of a *sheet*, which has the chosen nodes alone, all that comes back is wanted; the values
+that it reads and is read for keep their names, so that what comes back takes the nodes' place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tncompile.ir import Array
+from tncompile.runtime.quantized_graph import Constants, identity
+from tncompile.runtime.quantized_names import Names
+from tncompile.runtime.quantized_round import BLOCK, Eight, quiet
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+Ranges = Mapping[str, tuple[float, float]]
+"""The least and the largest number seen in each value."""
+
+_LINEAR = ["MatMul", "Gemm"]
+_INT8_COMPUTE = 4  # of MatMulNBits: activations are rounded to eight bits, up to nine times as fast
+
+
+def sheet(nodes: Sequence[NodeProto], shown: Iterable[str], constants: Constants) -> ModelProto:
+    """A model of some nodes; values that others compute are its inputs, those in `shown` its outputs."""
+    import onnx
+
+    made = dict.fromkeys(name for node in nodes for name in node.output if name)
+    read = dict.fromkeys(name for node in nodes for name in node.input if name and name not in made)
+
+    def value(name: str) -> onnx.ValueInfoProto:
+        dtype, shape = constants.types.get(name, (onnx.TensorProto.FLOAT, None))
+        dims = None if shape is None else [size or None for size in shape]
+        return onnx.helper.make_tensor_value_info(name, dtype or onnx.TensorProto.FLOAT, dims)
+
+    weights = [onnx.numpy_helper.from_array(constants.array(name), name) for name in read if name in constants]
+    inputs = [value(name) for name in read if name not in constants]
+    outputs = [value(name) for name in made if name in {*shown}]
+    graph = onnx.helper.make_graph(nodes, "sheet", inputs, outputs, weights)
+    model: ModelProto = onnx.helper.make_model(graph, ir_version=10, opset_imports=constants.model.opset_import)
+    return model
+
+
+def dynamic(model: ModelProto) -> ModelProto:
+    """Eight bits, a scale for each channel; activations are quantized as they come."""
+    import onnx
+
+    with quiet():
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+        from onnxruntime.quantization.quant_utils import QuantizationMode
+
+        matrices = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
+        arrays = {t.name: t for t in model.graph.initializer if t.name in matrices and len(t.dims) > 2}
+        batched = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in arrays.items()}
+        options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
+        types = ["MatMul", "LSTM"]  # a Gemm is made a MatMul and an Add
+        quantizer = ONNXQuantizer(
+            model, True, False, QuantizationMode.IntegerOps, False, QuantType.QInt8, QuantType.QUInt8, None, [], [],
+            types, options,
+        )  # fmt: skip
+        quantizer.quantize_model()
+    _by_matrix(quantizer.model.model, batched)
+    return _result(quantizer)
+
+
+def _by_matrix(model: ModelProto, batched: Mapping[str, Array]) -> None:
+    """A scale for each column of each matrix of a stack: the library has one for a column of all, which cannot run."""
+    import onnx
+
+    tensors = {t.name: t for t in model.graph.initializer}
+    for name, weight in batched.items():
+        eight = Eight.of(weight, [axis for axis in range(weight.ndim) if axis != weight.ndim - 2])
+        zero = np.zeros(eight.scale.shape, np.int8)
+        for suffix, array in (("quantized", eight.values), ("scale", eight.scale), ("zero_point", zero)):
+            tensor = tensors[f"{name}_{suffix}"]
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def static(model: ModelProto, ranges: Ranges) -> ModelProto:
+    """Eight bits, a scale for each channel; activations by their ranges, those that a matrix product makes excepted."""
+    with quiet():
+        from onnxruntime.quantization import CalibrationMethod, QuantType
+        from onnxruntime.quantization.calibrate import TensorData, TensorsData
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+        seen = {
+            name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
+        }
+        types = sorted({node.op_type for node in model.graph.node})
+        options = {"OpTypesToExcludeOutputQuantization": _LINEAR}
+        quantizer = QDQQuantizer(
+            model, True, False, QuantType.QInt8, QuantType.QUInt8, TensorsData(CalibrationMethod.MinMax, seen), [], [],
+            types, options,
+        )  # fmt: skip
+        quantizer.quantize_model()
+        return _result(quantizer)
+
+
+def four(model: ModelProto) -> ModelProto:
+    """Four bits in blocks, widened as the product is computed."""
+    with quiet():
+        from onnxruntime.quantization import matmul_nbits_quantizer as library
+        from onnxruntime.quantization.onnx_model import ONNXModel
+
+        ONNXModel(model).replace_gemm_with_matmul()
+        options = library.DefaultWeightOnlyQuantConfig(
+            block_size=BLOCK, is_symmetric=False, accuracy_level=_INT8_COMPUTE
+        )
+        quantizer = library.MatMulNBitsQuantizer(model, algo_config=options)
+        quantizer.process()
+        return _result(quantizer)
+
+
+def _result(quantizer: Any) -> ModelProto:
+    model: ModelProto = quantizer.model.model
+    return model
+
+
+def back(
+    nodes: Sequence[NodeProto], quantized: ModelProto, constants: Constants, names: Names
+) -> dict[str, list[NodeProto]]:
+    """What takes the place of each node of a sheet, by its identity; with its metadata, and names that are new."""
+    graph = quantized.graph
+    kept = {name for node in nodes for name in node.output} | {i.name for i in graph.input}
+    renamed: dict[str, str] = {}
+    for tensor in sorted(graph.initializer, key=lambda t: t.name):
+        known = constants.initializers.get(tensor.name)
+        same = known is not None and known.data_type == tensor.data_type and known.raw_data == tensor.raw_data
+        renamed[tensor.name] = tensor.name if same else names.initializer(tensor)
+    producers = {name: node for node in graph.node for name in node.output if name}
+    done: set[str] = set()
+    result: dict[str, list[NodeProto]] = {}
+    for node in nodes:
+        found: list[NodeProto] = []
+        for output in node.output:
+            _collect(output, producers, done, found)
+        for new in found:
+            original = new.name == node.name
+            if not new.metadata_props:
+                new.metadata_props.extend(node.metadata_props)
+            new.name = node.name if original else names.node(new.name or node.name)
+            for name in new.output:
+                if name and name not in kept:
+                    renamed[name] = names.value(name)
+        result[identity(node)] = found
+    for new in (new for found in result.values() for new in found):
+        new.input[:] = [renamed.get(name, name) for name in new.input]
+        new.output[:] = [renamed.get(name, name) for name in new.output]
+    return result
+
+
+def _collect(name: str, producers: Mapping[str, NodeProto], done: set[str], found: list[NodeProto]) -> None:
+    """The nodes that a value needs and nobody has taken yet, inputs first."""
+    waiting = [(name, False)]
+    while waiting:
+        value, ready = waiting.pop()
+        node = producers.get(value)
+        if node is None:
+            continue
+        if ready:
+            if identity(node) not in done:
+                done.add(identity(node))
+                found.append(node)
+        elif identity(node) not in done:
+            waiting.append((value, True))
+            waiting.extend((read, False) for read in reversed(node.input))
