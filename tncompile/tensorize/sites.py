@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from tncompile.decomp import SVD, Factorized
 from tncompile.errors import TNCompileError
+from tncompile.frontend.factors import Core, Factors
 from tncompile.frontend.model import ImportedModel
 from tncompile.ir import Array, Network, Program, Term
 from tncompile.passes import Clean, Context, Fold, Pipeline
@@ -62,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Site:
-    """What is replaced at once: a weight, or several that read the same input, beside each other along their outputs."""
+    """What is replaced at once: a weight, or several that read the same input, side by side along their outputs."""
 
     parts: tuple[Part, ...]
 
@@ -113,6 +114,24 @@ class Replacement:
     def parameters(self) -> int:
         """Numbers in the cores."""
         return self.factorized.parameters
+
+    def factors(self) -> tuple[Factors, ...]:
+        """What `frontend.factors.substitute` puts in the place of each weight: cores ``fc1.weight.core_0``, ...; of
+        several weights the first one's left factor is that of all."""
+        cores, labels = self.factorized.cores, self.factorized.labels
+        names = [f"core_{k}" for k in range(len(cores))]
+        modes, start, found = tuple(self.factorized.modes), 0, list[Factors]()
+        shared = Core(f"{self.site.parts[0].name}.{names[0]}", cores[0], labels[0])
+        for part in self.site.parts:
+            own = [Core(f"{part.name}.{n}", c, on) for n, c, on in zip(names, cores, labels, strict=True)]
+            if len(self.site.parts) > 1:
+                width = part.size(part.outs)
+                own = [shared, replace(own[1], array=cores[1][:, start : start + width])]
+                start += width
+            axes = (*part.ins, *part.outs)
+            sizes = tuple(part.array.shape[axis] for axis in axes)
+            found.append(Factors(part.name, tuple(own), modes, sizes, tuple(int(k) for k in np.argsort(axes))))
+        return tuple(found)
 
     def dense(self) -> dict[str, Array]:
         """What each weight becomes, by name, in its own shape and dtype."""
