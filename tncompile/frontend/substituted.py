@@ -129,7 +129,7 @@ class _Edit:
             key: first.meta[key] for key in ("nn_module_stack", "stack_trace", "source_fn_stack") if key in first.meta
         }
         rebuilding, stem = factors.rebuilding, old[0].name
-        values = [*cores]
+        values: list[torch.fx.Node] = [*cores]
 
         def call(target: Any, *args: Any) -> torch.fx.Node:
             name = f"{stem}_{str(target).split('.')[1]}"

@@ -199,7 +199,7 @@ def _roles(use: Use) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Axes of a core that lead to an operand, and the others; None where one of the two is of size 1."""
     core = use.term.tensors[use.position]
     inner = _reached(use.term, use.position) - {i.name for i in use.network.output.indices}
-    ins, outs = [], []
+    ins, outs = list[int](), list[int]()
     for axis, group in enumerate(core.axes):
         names = {index.name for index in group if index.size != 1}
         (ins if names and names <= inner else outs).append(axis)

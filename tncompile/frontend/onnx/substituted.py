@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -67,7 +68,7 @@ class _Edit:
         rebuilding = factors.rebuilding
         values, chain = [core.name for core in factors.cores], list[onnx.NodeProto]()
 
-        def call(kind: str, inputs: Sequence[str], **attributes: object) -> None:
+        def call(kind: str, inputs: Sequence[str], **attributes: Any) -> None:
             values.append(self._name(f"{factors.weight}.{kind.lower()}"))
             chain.append(helper.make_node(kind, inputs, values[-1:], values[-1], **attributes))
 
