@@ -56,7 +56,7 @@ class Order(Pass):
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
-        context = replace(context, attended=_attended(program))
+        context = replace(context, attended=attended(program))
         if context.timer is not None:
             jobs = {key_of(n, t, context) for n in program.networks for t in n.terms if _has_choice(t)}
             context.timer.start(len(jobs) * len(context.batches))
@@ -206,7 +206,7 @@ def _alike(a: Network, b: Network) -> bool:
     return form(a) == form(b)
 
 
-def _attended(program: Program) -> frozenset[str]:
+def attended(program: Program) -> frozenset[str]:
     """Values that meet another run-time value in a network or in torch's attention: ONNX Runtime must tell queries,
     keys and values by the order of their modes."""
     found: set[str] = set()

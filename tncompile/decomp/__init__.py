@@ -13,6 +13,7 @@ from tncompile.decomp.permutation import Permutation, by_correlation, reorder
 from tncompile.decomp.ranks import EXACT, NoGainError, Ranks
 from tncompile.decomp.resize import inflate, truncate
 from tncompile.decomp.ring import Ring
+from tncompile.decomp.split import Split
 from tncompile.decomp.svd import SVD
 from tncompile.decomp.tensor_train import TensorTrain
 from tncompile.decomp.tucker import Tucker
@@ -31,6 +32,7 @@ __all__ = [
     "Permutation",
     "Ranks",
     "Ring",
+    "Split",
     "TensorTrain",
     "Tucker",
     "balanced",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from tncompile.decomp import SVD, Factorized
 from tncompile.errors import TNCompileError
+from tncompile.frontend.factors import Core, Factors
 from tncompile.frontend.model import ImportedModel
 from tncompile.ir import Array, Network, Program, Term
 from tncompile.passes import Clean, Context, Fold, Pipeline
@@ -123,6 +124,24 @@ class Replacement:
         """Numbers in the cores."""
         return self.factorized.parameters
 
+    def factors(self) -> tuple[Factors, ...]:
+        """What `frontend.factors.substitute` puts in the place of each weight: cores ``fc1.weight.core_0``, ...; of
+        several weights the first one's left factor is that of all."""
+        cores, labels = self.factorized.cores, self.factorized.labels
+        names = [f"core_{k}" for k in range(len(cores))]
+        modes, start, found = tuple(self.factorized.modes), 0, list[Factors]()
+        shared = Core(f"{self.site.parts[0].name}.{names[0]}", cores[0], labels[0])
+        for part in self.site.parts:
+            own = [Core(f"{part.name}.{n}", c, on) for n, c, on in zip(names, cores, labels, strict=True)]
+            if len(self.site.parts) > 1:
+                width = part.size(part.outs)
+                own = [shared, replace(own[1], array=cores[1][:, start : start + width])]
+                start += width
+            axes = (*part.ins, *part.outs)
+            sizes = tuple(part.array.shape[axis] for axis in axes)
+            found.append(Factors(part.name, tuple(own), modes, sizes, tuple(int(k) for k in np.argsort(axes))))
+        return tuple(found)
+
     def dense(self) -> dict[str, Array]:
         """What each weight becomes, by name, in its own shape and dtype."""
         return self.site.restored(self.factorized.dense())
@@ -184,8 +203,7 @@ def _roles(use: Use) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Axes of a core that lead to an operand, and the others; None where one of the two is of size 1."""
     core = use.term.tensors[use.position]
     inner = _reached(use.term, use.position) - {i.name for i in use.network.output.indices}
-    ins: list[int] = []
-    outs: list[int] = []
+    ins, outs = list[int](), list[int]()
     for axis, group in enumerate(core.axes):
         names = {index.name for index in group if index.size != 1}
         (ins if names and names <= inner else outs).append(axis)

@@ -91,11 +91,16 @@ def import_onnx(source: str | os.PathLike[str] | bytes) -> OnnxModel:
     name = "the model" if isinstance(source, bytes) else os.fspath(source)
     folder = "" if isinstance(source, bytes) else os.path.dirname(os.path.realpath(source))
     try:
-        return _Importer(proto, prepare(proto, source), folder).run()
+        return import_proto(proto, folder)
     except LoadError as error:
         raise LoadError(f"{name}: {error}") from error
     except UnsupportedError as error:
         raise UnsupportedError(f"{name}: {error}") from error
+
+
+def import_proto(proto: onnx.ModelProto, folder: str = "") -> OnnxModel:
+    """Import a model that has been checked, whose external data are in a folder. Raises what `import_onnx` does."""
+    return _Importer(proto, prepare(proto, folder), folder).run()
 
 
 class _Importer:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from pathlib import Path
 
 import onnx
 import onnx_ir
@@ -20,18 +18,18 @@ _IR_VERSION = 8
 _LIMIT = 2**31 - 2**20  # what one protobuf message holds
 
 
-def prepare(proto: onnx.ModelProto, source: str | os.PathLike[str] | bytes) -> onnx_ir.Model:
+def prepare(proto: onnx.ModelProto, folder: str = "") -> onnx_ir.Model:
     """A checked model with its functions inlined, at operator set `OPSET` or the later one that it has.
 
-    External data are mapped into memory where they are read. LoadError for what cannot be read, UnsupportedError
-    where the operator set cannot be upgraded.
+    External data are mapped from `folder` into memory where they are read. LoadError for what cannot be read,
+    UnsupportedError where the operator set cannot be upgraded.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that say nothing
             model = onnx_ir.from_proto(proto)
-        if not isinstance(source, bytes):
-            onnx_ir.external_data.set_base_dir(model.graph, Path(source).resolve().parent)
+        if folder:
+            onnx_ir.external_data.set_base_dir(model.graph, folder)
         onnx_passes.InlinePass()(model)
     except Exception as error:  # whatever a strange model makes it raise
         raise LoadError(f"not a model that can be read ({_reason(error)})") from error

@@ -1,0 +1,206 @@
+"""What a replacement will cost: predicted seconds of what the compiler makes of it, and bytes in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tncompile.frontend.factors import Factors
+from tncompile.ir import Axis, Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value, dims
+from tncompile.ir.core import networks_of
+from tncompile.ir.edit import CannotEdit, inline, refine, substitute, unique_cores
+from tncompile.passes import Blocks, Clean, Context, Fold, Join, MergeCores, Order, Pass
+from tncompile.passes.choice import choose
+from tncompile.passes.gathers import Gathers
+from tncompile.passes.order import attended
+from tncompile.passes.plans import Candidate, Limits, candidates, key_of
+from tncompile.passes.positions import gather_of
+from tncompile.passes.tables import Tables
+from tncompile.passes.unroll import unrolled
+from tncompile.tensorize.sites import Replacement, Site
+
+_LIMITS = Limits(Order.max_trials, Order.keep)
+
+
+def stored_bytes(site: Site, replacement: Replacement | None = None) -> int:
+    """Bytes that a file holds of a site's weights in their own dtype.
+
+    Of a layer that the compiler folds to dense a file may still hold the cores (``--store``), so it is never more.
+    """
+    size = site.parts[0].array.itemsize
+    return size * (site.size if replacement is None else replacement.parameters)
+
+
+class Predictor:
+    """Predicts for the sites of one composed program (see `sites.composed`); what is alike is planned once."""
+
+    def __init__(self, program: Program, context: Context) -> None:
+        self.program = program
+        self.context = replace(context, attended=context.attended | attended(program))
+        shown = any(dims.shows(size, "batch") for value in program.inputs for size in value.shape or ())
+        self.branch = context.profile.branch if shown else float("inf")
+        self._plans: dict[object, tuple[float, ...]] = {}
+        self._sites: dict[object, tuple[float, ...]] = {}
+
+    def seconds(self, site: Site, replacement: Replacement | None = None) -> tuple[float, ...]:
+        """Seconds of the networks that use a site's weights, at each batch size of the context; 0 for rows of a dense
+        table, which are gathered."""
+        key = (self._key(site), None if replacement is None else _form(replacement))
+        if key not in self._sites:
+            program = self._program(site, replacement)
+            self._sites[key] = self._total(program)
+        return self._sites[key]
+
+    # ------------------------------------------------------------------------------ the program around a site
+
+    def _networks(self, site: Site) -> list[Network]:
+        """The networks that use a site, each once, in order of execution."""
+        found = {use.network.output.name: use.network for part in site.parts for use in part.uses}
+        return [n for n in self.program.networks if n.output.name in found]
+
+    def _gathers(self, site: Site) -> list[Opaque]:
+        names = {part.name for part in site.parts}
+        found = []
+        for node in self.program.nodes:
+            gather = gather_of(node, self.program.values)
+            if isinstance(node, Opaque) and gather is not None and gather.source in names:
+                found.append(node)
+        return found
+
+    def _key(self, site: Site) -> object:
+        """What decides the cost of a site but for its format."""
+        names = {part.name for part in site.parts}
+        networks = self._networks(site)
+        operands = {name: k for k, name in enumerate(dict.fromkeys(t.name for n in networks for t in n.operands))}
+        terms = []
+        for network in networks:
+            for term in network.terms:
+                mine = tuple(k for k, t in enumerate(term.tensors) if t.name in names)
+                reads = tuple(operands[t.name] for t in term.operands)
+                terms.append((key_of(network, term, self.context), mine, reads))
+        values = self.program.values
+        rows = tuple((node.target, values[ref].shape) for node in self._gathers(site) for ref in node.inputs[1:])
+        parts = tuple((part.array.shape, part.ins, str(part.array.dtype)) for part in site.parts)
+        return parts, tuple(terms), rows
+
+    def _program(self, site: Site, replacement: Replacement | None) -> Program:
+        """The networks and gathers of a site as a program of their own, the weights replaced."""
+        producers = {}
+        for factors in replacement.factors() if replacement is not None else ():
+            rebuilt = _rebuilt(factors, str(site.parts[0].array.dtype))
+            if rebuilt is not None:
+                producers[factors.weight] = rebuilt
+        nodes = [_with_cores(network, producers) for network in self._networks(site)]
+        gathered: dict[str, Node] = {}
+        for node in self._gathers(site):
+            source, *rest = node.args
+            if isinstance(source, Ref) and source.name in producers:
+                producer = producers[source.name]
+                gathered[producer.output.name] = producer
+                gathered[node.output.name] = replace(node, args=(Ref(producer.output.name), *rest))
+        everything = (*gathered.values(), *nodes)
+        made = {node.value.name for node in everything}
+        read = dict.fromkeys(name for node in everything for name in _inputs(node) if name not in made)
+        inputs = tuple(Value(name, *self._signature(name)) for name in read)
+        shown = [node.value.name for node in everything if not (isinstance(node, Network) and not node.operands)]
+        return unique_cores(Program(inputs, everything, tuple((name, name) for name in shown)))
+
+    def _signature(self, name: str) -> tuple[str, tuple[dims.Dim, ...] | None]:
+        value = self.program.values[name]
+        return value.dtype, value.shape
+
+    # ------------------------------------------------------------------------------ its price
+
+    def _total(self, program: Program) -> tuple[float, ...]:
+        for step in self._passes(program):
+            program, _ = step.run(program, self.context)
+        found = [self._network(network) for node in program.nodes for network in networks_of(node)]
+        return tuple(float(sum(times)) for times in zip(*found, strict=True)) or (0.0,) * len(self.context.batches)
+
+    def _passes(self, program: Program) -> Sequence[Pass]:
+        """Those of the pipeline that decide the plan of so few networks."""
+        rows = any(isinstance(node, Opaque) for node in program.nodes)
+        several = sum(bool(network.operands) for network in program.networks) > 1
+        first: list[Pass] = [Clean(), *([Gathers(), Fold()] if rows else []), *([Join(), Clean()] if several else [])]
+        return [*first, MergeCores(), *([Tables()] if rows else []), Blocks(), Clean()]
+
+    def _network(self, network: Network) -> tuple[float, ...]:
+        moving = [term for term in network.terms if not term.is_constant]
+        times = [self._term(network, term) for term in moving]
+        return tuple(map(float, np.sum(times, axis=0))) if times else (0.0,) * len(self.context.batches)
+
+    def _term(self, network: Network, term: Term) -> tuple[float, ...]:
+        """The seconds of the plan that `order` would choose."""
+        key = key_of(network, term, self.context)
+        if key not in self._plans:
+            ways: list[Candidate] = candidates(network, term, self.context, _LIMITS)
+            written_out = unrolled(network, term)
+            if written_out is not None:
+                others = candidates(replace(network, terms=(written_out,)), written_out, self.context, _LIMITS)
+                ways += [replace(way, label="") for way in others]
+            batches = self.context.batches
+            choice = choose(ways, batches, self.branch, Order.margin)
+            extra = self.branch if choice.limits else 0.0
+            self._plans[key] = tuple(choice.plan_for(b).times[k] + extra for k, b in enumerate(batches))
+        return self._plans[key]
+
+
+def _inputs(node: Node) -> Iterator[str]:
+    if isinstance(node, Opaque):
+        yield from node.inputs
+    else:
+        yield from (t.name for t in node.operands)
+
+
+def _form(replacement: Replacement) -> object:
+    factorized = replacement.factorized
+    return type(factorized), factorized.axes, factorized.labels, tuple(core.shape for core in factorized.cores)
+
+
+def _rebuilt(factors: Factors, dtype: str) -> Network | None:
+    """The weight as a network of cores, its modes split where an axis of the weight ends within one.
+
+    None where they do not nest: the compiler then computes the weight, which is as it was.
+    """
+    sizes = {n: s for core in factors.cores for n, s in zip(core.labels, core.array.shape, strict=True)}
+    indices = {name: Index(name, size) for name, size in sizes.items()}
+    cores = [
+        Tensor(c.name, tuple((indices[n],) if sizes[n] != 1 else () for n in c.labels), c.array.astype(dtype))
+        for c in factors.cores
+    ]
+    value = f"{factors.weight}:rebuilt"
+    modes = tuple(indices[name] for name in factors.modes if sizes[name] != 1)
+    axes = [Index(f"{value}{k}", size) for k, size in enumerate(factors.sizes)]
+    try:
+        split, regrouped = refine(modes, tuple(a for a in axes if a.size != 1), {*indices})
+    except CannotEdit:
+        return None
+    network = Network("", (Term(tuple(cores)),), Tensor(value, tuple((m,) for m in modes)), dtype)
+    left = list(substitute(network, split).output.indices)
+    groups: list[Axis] = []
+    for axis in axes:
+        count = 0 if axis.size == 1 else len(regrouped.get(axis.name, (axis,)))
+        groups.append(tuple(left[:count]))
+        left = left[count:]
+    return replace(substitute(network, split), output=Tensor(value, tuple(groups[k] for k in factors.order)))
+
+
+def _with_cores(network: Network, producers: Mapping[str, Network]) -> Network:
+    """A network with weights rebuilt in it; as it was where their modes do not nest with its own."""
+    for name, producer in producers.items():
+        if not any(t.name == name for t in network.cores):
+            continue
+        read = replace(network, terms=tuple(_opened(term, name, producer.output.name) for term in network.terms))
+        try:
+            network = inline(read, producer)
+        except CannotEdit:
+            continue
+    return network
+
+
+def _opened(term: Term, weight: str, value: str) -> Term:
+    """A term that reads a value in the place of a weight."""
+    tensors = (Tensor(value, t.axes) if t.is_core and t.name == weight else t for t in term.tensors)
+    return replace(term, tensors=tuple(tensors))
