@@ -1,0 +1,407 @@
+"""Healing: weights that were replaced are trained to compute what the model computed before, without labels.
+
+Slice by slice (arXiv 2605.19842), each given what the healed slices before it compute, so that their error is made good
+as well; then, where asked for, all at once by the model's outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tncompile.errors import TNCompileError, UnsupportedError
+from tncompile.frontend.onnx.importer import OnnxModel
+from tncompile.runtime.files import check_writable
+from tncompile.runtime.temporary import folder_in
+from tncompile.tensorize import checkpoint as checkpoints
+from tncompile.tensorize.activations import Feeds, Store, runs_of
+from tncompile.tensorize.checkpoint import Position, Stage
+from tncompile.tensorize.distil import Lesson, Loss, Progress, Training
+from tncompile.tensorize.flow import Flow, Part, Values, aligned, canonical
+from tncompile.tensorize.slices import Slice, read_outside, slices_of, trainable, trained
+
+MEMORY = 1 << 30
+END_TO_END = "end to end"
+FOR_SLICES = 0.5
+"""The share of the time that slices have where training from end to end follows."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """How far healing is: the `step` of stage `number` of `stages`, and its loss on held-out data at first and now."""
+
+    stage: str
+    number: int
+    stages: int
+    step: int
+    before: float
+    loss: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.number + 1}/{self.stages} {self.stage}: step {self.step}, loss {self.before:.2e} -> {self.loss:.2e}"
+        )
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The healed model, and its relative output error on held-out data ``|y - y0| / |y0|`` before and after.
+
+    `slices`: what came of each slice, `end_to_end` of training all at once. `notes` say what was not as asked.
+    """
+
+    exported: torch.export.ExportedProgram
+    before: float
+    after: float
+    slices: tuple[Stage, ...]
+    end_to_end: Stage | None
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def heal(
+    student: torch.export.ExportedProgram,
+    teacher: torch.export.ExportedProgram,
+    calibration: Sequence[Feeds],
+    *,
+    held_out: Sequence[Feeds] | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
+    end_to_end: bool = False,
+    loss: Loss = "mse",
+    vectors: bool = True,
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 30.0,
+    progress: Callable[[Message], None] | None = None,
+    memory: int = MEMORY,
+    clock: Callable[[], float] = time.monotonic,
+) -> Healed:
+    """Train the weights of `student` that `teacher` does not have, so that it computes what the teacher does.
+
+    Both are exported in evaluation mode, and the same but for weights. `calibration` has inputs by name, one mapping a
+    run; a fifth is held out to judge by, unless `held_out` are given. `seconds` limits the time, `steps` those of each
+    slice and of training from end to end, which follows where `end_to_end`, with `loss` ``"kl"`` for outputs that are
+    logits. Biases and scales near replaced weights are trained too, where `vectors`.
+
+    With a `checkpoint`, the same call goes on from there after it was interrupted; the file is written after each
+    slice and every `checkpoint_every` seconds. Activations take `memory` bytes, and beyond that temporary files.
+
+    The result is never worse on what is held out: what does not help is undone. UnsupportedError for what cannot be
+    trained, TNCompileError for wrong arguments, data of another model and another model's checkpoint.
+    """
+    for model in (student, teacher):
+        if isinstance(model, OnnxModel):
+            raise UnsupportedError("an ONNX model cannot be trained by PyTorch; heal the model that it was exported from")
+    if seconds is None and steps is None:
+        raise TNCompileError("healing needs a limit: give seconds or steps")
+    if (seconds is not None and not seconds >= 0) or (steps is not None and steps < 0):
+        raise TNCompileError("the limit of healing cannot be negative")
+    if loss not in ("mse", "kl"):
+        raise TNCompileError(f"no loss {loss!r}; choose mse or kl")
+    if checkpoint is not None:
+        check_writable(checkpoint)
+    limits = _Limits(seconds, steps, end_to_end, loss, vectors, checkpoint, checkpoint_every)
+    with ExitStack() as stack:
+        folder = stack.enter_context(folder_in(None))
+        stack.enter_context(_undisturbed())
+        healing = _Healing(student, teacher, limits, Store(memory, folder), progress, clock)
+        return healing.run(calibration, held_out)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What was asked for."""
+
+    seconds: float | None
+    steps: int | None
+    end_to_end: bool
+    loss: Loss
+    vectors: bool
+    checkpoint: Path | None
+    every: float
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Gradients where they are asked for, whatever the caller's mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class _Healing:
+    """One call of `heal`."""
+
+    def __init__(
+        self,
+        student: torch.export.ExportedProgram,
+        teacher: torch.export.ExportedProgram,
+        limits: _Limits,
+        store: Store,
+        report: Callable[[Message], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.original, self.limits, self.store, self.clock = student, limits, store, clock
+        self.report = report or (lambda message: None)
+        self.student, self.teacher = Flow(student), Flow(teacher)
+        aligned(self.teacher, self.student)
+        self.cores, self.changed = _changed(self.student, self.teacher)
+        self.slices = slices_of(self.student, self.changed)
+        self.notes: list[str] = []
+        self.position = Position()
+        self.began = self.saved = self.told = clock()
+
+    def run(self, calibration: Sequence[Feeds], held_out: Sequence[Feeds] | None) -> Healed:
+        """Heal, or go on healing."""
+        if not self.slices:
+            why = "no weight was replaced" if not self.changed else "no output depends on replaced weights"
+            return Healed(self.original, 0.0, 0.0, (), None, 0.0, (f"{why}: nothing to heal",))
+        self._prepare(calibration, held_out)
+        mark = self._resume()
+        before = self._output_error({})
+        for number, part in enumerate(self.slices):
+            self._slice(number, part, mark)
+        if len(self.position.stages) == len(self.slices) and self._output_error(self.position.healed) > before:
+            self.notes.append("healing slice by slice did not help on held-out data: undone")
+            self.position = replace(self.position, healed={})
+        if self.limits.end_to_end:
+            self._end_to_end(mark)
+        after = self._output_error(self.position.healed)
+        if not after <= before and self.limits.loss == "mse":
+            self.notes.append("healing did not help on held-out data: undone")
+            self.position, after = replace(self.position, healed={}), before
+        stages = self.position.stages
+        return Healed(
+            _with_weights(self.original, self.position.healed),
+            before,
+            after,
+            stages[: len(self.slices)],
+            stages[len(self.slices)] if self.limits.end_to_end else None,
+            self._seconds(),
+            tuple(self.notes),
+        )
+
+    # -------------------------------------------------------------------------------- before
+
+    def _prepare(self, calibration: Sequence[Feeds], held_out: Sequence[Feeds] | None) -> None:
+        """Runs, which are held out, and all values where the first slice begins: there the two models are one."""
+        runs = runs_of(self.student, calibration)
+        if held_out is not None:
+            extra = runs_of(self.student, held_out)
+            taught = range(len(runs))
+            runs += extra
+        else:
+            taught = range(len(runs))
+            fifth = set(taught[4::5]) or set(taught[1:][-1:])
+            taught = [number for number in taught if number not in fifth]  # type: ignore[assignment]
+        self.runs = runs
+        self.taught = tuple(taught)
+        self.held_out = tuple(number for number in range(len(runs)) if number not in {*taught}) or self.taught
+        if self.held_out == self.taught:
+            self.notes.append("one run of calibration data: nothing is held out, so the errors are those on what was learned")
+        start = self.slices[0].start
+        prefix = _Passage(self.teacher, len(self.teacher.inputs), start)
+        self.base = [self.store.keep(prefix(run, self.teacher.tensors)) for run in runs]
+        end = len(self.student.varying)
+        ends = tuple(n for n in self.student.outputs if n >= start and self.student.moving[n])
+        if not ends:
+            end, ends = self.slices[-1].end, self.slices[-1].targets
+        self.whole = self.student.part(start, end, ends)
+        teacher = self.teacher.part(start, end, ends)
+        wanted = range(len(runs)) if self.limits.end_to_end else self.held_out
+        self.answers: dict[int, Values] = {}
+        for run in wanted:
+            answer = teacher(self.base[run], self.teacher.tensors)
+            self.answers[run] = self.store.keep(answer)
+        self._refuse_random(teacher)
+
+    def _refuse_random(self, teacher: Part) -> None:
+        """UnsupportedError where the teacher gives no finite numbers, or others each time."""
+        run = self.held_out[0]
+        again = teacher(self.base[run], self.teacher.tensors)
+        for number, answer in self.answers[run].items():
+            name = self.teacher.varying[number].name
+            if not bool(torch.isfinite(answer).all()):
+                raise UnsupportedError(f"the model's {name} is not finite on the calibration data: it cannot be healed")
+            if not torch.allclose(answer, again[number], rtol=1e-3, atol=1e-3 * float(answer.abs().max())):
+                raise UnsupportedError(
+                    "the model draws random numbers, so there is nothing to train towards; export it in evaluation mode "
+                    "(model.eval())"
+                )
+
+    def _resume(self) -> str:
+        """Where the checkpoint is, if there is one; what names this call."""
+        limits = self.limits
+        if limits.checkpoint is None:
+            return ""
+        options = (limits.steps, limits.end_to_end, limits.loss, limits.vectors, self.taught, self.held_out)
+        graphs = [str(flow.exported.graph_module.graph) for flow in (self.student, self.teacher)]
+        weights = [x for flow in (self.student, self.teacher) for item in sorted(flow.tensors.items()) for x in item]
+        data = [run[number] for run in self.runs for number in sorted(run)]
+        mark = checkpoints.fingerprint([torch.__version__, options, *graphs, *weights, *data])
+        if limits.checkpoint.exists():
+            self.position = checkpoints.load(limits.checkpoint, mark)
+        return mark
+
+    # -------------------------------------------------------------------------------- stages
+
+    def _slice(self, number: int, part: Slice, mark: str) -> None:
+        """Heal a slice unless that is done, and let all runs through it."""
+        if number == 0:
+            self.given: list[Values] = list(self.base)
+            self.taughts: list[Values] = list(self.base)
+        ours, theirs = self.student, self.teacher
+        through = _Passage(theirs, part.start, part.end, part.targets)
+        targets = [self.store.keep(through(values, theirs.tensors)) for values in self.taughts]
+        if len(self.position.stages) <= number:
+            keys = trained(ours, part, self.cores, self.limits.vectors, read_outside(ours, part))
+            lesson = Lesson(ours.part(part.start, part.end, part.targets), self.given, targets, self.taught, self.held_out)
+            if not keys:
+                self.notes.append(f"{part.name}: its weights are shared with other slices, and not trained in this one")
+            self._train(number, part.name, lesson, keys, mark, part.sites)
+        last = number + 1 == len(self.slices)
+        if last:
+            del self.given, self.taughts
+            return
+        start = self.slices[number + 1].start
+        bridge = _Passage(theirs, part.end, start)
+        self.taughts = [self.store.keep(bridge(values, theirs.tensors)) for values in targets]
+        both = _Passage(ours, part.start, start)
+        state = {**ours.tensors, **self.position.healed}
+        self.given = [self.store.keep(both(values, state)) for values in self.given]
+
+    def _end_to_end(self, mark: str) -> None:
+        number = len(self.slices)
+        if len(self.position.stages) > number:
+            return
+        nodes = range(self.slices[0].start, len(self.student.varying))
+        keys = trainable(self.student, nodes, self.cores, self.limits.vectors)
+        answers = [self.answers[run] for run in range(len(self.runs))]
+        lesson = Lesson(self.whole, self.base, answers, self.taught, self.held_out, self.limits.loss)
+        self._train(number, END_TO_END, lesson, keys, mark, tuple(sorted(self.cores)))
+
+    def _train(self, number: int, name: str, lesson: Lesson, keys: list[str], mark: str, sites: tuple[str, ...]) -> None:
+        """Train one stage, and write down what came of it."""
+        old = self.position
+        stages = len(self.slices) + self.limits.end_to_end
+        share = old.share if old.training is not None else self._share(number)
+        start = self.clock() - old.part
+        training = Training(lesson, {**self.student.tensors, **old.healed}, keys, number, old.training)
+
+        def message(progress: Progress) -> Message:
+            return Message(name, number, stages, progress.step, progress.before, progress.loss, self._seconds())
+
+        def watch(progress: Progress) -> float:
+            now = self.clock()
+            if self.limits.checkpoint is not None and now - self.saved >= self.limits.every:
+                middle = replace(old, training=progress, seconds=self._seconds(), part=now - start, share=share)
+                checkpoints.save(self.limits.checkpoint, mark, middle)
+                self.saved = self.clock()
+            if now - self.told >= 1:
+                self.report(message(progress))
+                self.told = now
+            used = [0.0] if keys else [1.0]
+            if self.limits.steps is not None:
+                used.append(progress.step / self.limits.steps if self.limits.steps else 1.0)
+            if share is not None:
+                used.append((now - start) / share if share else 1.0)
+            return max(used)
+
+        best = training.run(watch)
+        done = training.progress
+        self.report(message(done))
+        stage = Stage(name, sites, done.before, done.loss, done.step, self.clock() - start)
+        self.position = Position((*old.stages, stage), {**old.healed, **best}, seconds=self._seconds())
+        self.began = self.clock()
+        if self.limits.checkpoint is not None:
+            checkpoints.save(self.limits.checkpoint, mark, self.position)
+            self.saved = self.clock()
+
+    # -------------------------------------------------------------------------------- time
+
+    def _seconds(self) -> float:
+        """Seconds taken, those before an interruption too."""
+        return self.position.seconds + self.clock() - self.began
+
+    def _share(self, number: int) -> float | None:
+        """Seconds for a stage: what is left is divided by the number of replaced weights."""
+        if self.limits.seconds is None:
+            return None
+        if number == len(self.slices):
+            return max(0.0, self.limits.seconds - self._seconds())
+        whole = self.limits.seconds * (FOR_SLICES if self.limits.end_to_end else 1.0)
+        left = [len(part.sites) for part in self.slices[number:]]
+        return max(0.0, whole - self._seconds()) * left[0] / sum(left)
+
+    # -------------------------------------------------------------------------------- errors
+
+    def _output_error(self, healed: Mapping[str, torch.Tensor]) -> float:
+        """The model's error on what is held out, with some weights in the place of its own."""
+        state = {**self.student.tensors, **healed}
+        wrong = right = 0.0
+        for run in self.held_out:
+            given = self.whole(self.base[run], state)
+            for number, answer in self.answers[run].items():
+                wrong += float((given[number].double() - answer.double()).square().sum())
+                right += float(answer.double().square().sum())
+        error = math.sqrt(wrong / right) if right else math.sqrt(wrong)
+        return error if math.isfinite(error) else math.inf
+
+
+class _Passage:
+    """From all values that are live at one place of a graph to all that are at a later one, and to some others."""
+
+    def __init__(self, flow: Flow, start: int, end: int, others: Sequence[int] = ()) -> None:
+        wanted = {*flow.live(end), *others}
+        self.carried = sorted(n for n in wanted if n < start)
+        self.part = flow.part(start, end, sorted(wanted - {*self.carried}))
+
+    def __call__(self, values: Values, state: Mapping[str, torch.Tensor]) -> dict[int, object]:
+        """The values at the end."""
+        return {**{number: values[number] for number in self.carried}, **self.part(values, state)}
+
+
+def _changed(student: Flow, teacher: Flow) -> tuple[frozenset[str], frozenset[str]]:
+    """The weights that only the student has; and those, with the ones that are other numbers than the teacher's."""
+    known = {**teacher.exported.constants, **teacher.exported.state_dict}
+    cores, changed = set(), set()
+    for key, tensor in student.tensors.items():
+        other = known.get(key)
+        if not isinstance(other, torch.Tensor) or other.shape != tensor.shape:
+            cores.add(key)
+        elif not torch.equal(other.detach(), tensor):
+            changed.add(key)
+    return frozenset(cores) & student.parameters, frozenset(cores | changed)
+
+
+def _with_weights(
+    exported: torch.export.ExportedProgram, healed: Mapping[str, torch.Tensor]
+) -> torch.export.ExportedProgram:
+    """The same program with other numbers in some weights; what is tied stays tied."""
+    keys = canonical(exported.state_dict)
+    made: dict[str, torch.Tensor] = {}
+    state = dict(exported.state_dict)
+    for name, tensor in state.items():
+        key = keys.get(name, name)
+        if key in healed:
+            if key not in made:
+                new = healed[key].detach().clone()
+                made[key] = torch.nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else new
+            state[name] = made[key]
+    return torch.export.ExportedProgram(
+        exported.graph_module,
+        exported.graph_module.graph,
+        exported.graph_signature,
+        state,
+        exported.range_constraints,
+        exported.module_call_graph,
+        exported.example_inputs,
+        exported.constants,
+        verifiers=exported.verifiers,
+    )
