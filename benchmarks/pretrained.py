@@ -42,20 +42,23 @@ Record = dict[str, Any]
 def parser() -> argparse.ArgumentParser:
     """What the command takes."""
     result = argparse.ArgumentParser(
-        prog="python -m benchmarks.pretrained", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.pretrained",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("--only", type=_names, default=tuple(PRETRAINED), metavar="NAME,...", help="default: every case")
-    result.add_argument("--ways", default="", metavar="TEXT,...", help="only ways whose names have one of these in them")
-    result.add_argument("--again", action="store_true", help="build, judge and time the chosen ways anew")
-    result.add_argument("--only-report", action="store_true", help="measure nothing, write table and plot anew")
-    result.add_argument("--seconds", type=float, default=20.0, metavar="S", help="to time a batch size for (20)")
-    result.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every way (1)")
-    result.add_argument("--limit", type=float, default=30.0, metavar="S", help="for a first call (30)")
-    result.add_argument("--step-limit", type=float, default=900.0, metavar="S", help="for a step of one way (900)")
-    result.add_argument("--search-limit", type=float, default=3600.0, metavar="S", help="for tncompile tensorize (3600)")
-    result.add_argument("--options", default="", metavar="TEXT", help="further options for tncompile tensorize")
-    result.add_argument("--out", type=Path, default=ROOT / "build" / "pretrained", metavar="DIR")
-    result.add_argument("--docs", type=Path, metavar="FILE", help="put the table between the markers of this file")
+    add = result.add_argument
+    add("--only", type=_names, default=tuple(PRETRAINED), metavar="NAME,...", help="default: every case")
+    add("--ways", default="", metavar="TEXT,...", help="only ways whose names have one of these in them")
+    add("--again", action="store_true", help="build, judge and time the chosen ways anew")
+    add("--only-report", action="store_true", help="measure nothing, write table and plot anew")
+    add("--seconds", type=float, default=20.0, metavar="S", help="to time a batch size for (20)")
+    add("--threads", type=int, default=1, metavar="N", help="threads of every way (1)")
+    add("--limit", type=float, default=30.0, metavar="S", help="for a first call (30)")
+    add("--step-limit", type=float, default=900.0, metavar="S", help="for a step of one way (900)")
+    add("--search-limit", type=float, default=3600.0, metavar="S", help="for tncompile tensorize (3600)")
+    add("--options", default="", metavar="TEXT", help="further options for tncompile tensorize")
+    add("--out", type=Path, default=ROOT / "build" / "pretrained", metavar="DIR", help="default build/pretrained")
+    add("--docs", type=Path, metavar="FILE", help="put the table between the markers of this file")
     return result
 
 

@@ -48,9 +48,7 @@ _CASES = (
     Pretrained(
         "efficientnet_lite0", metrics.photos, "photos classed alike", lambda: (data.photos("calibration", 128),), (1, 8)
     ),
-    Pretrained(
-        "minilm_l6", metrics.sentiment, "texts judged right", lambda: data.tokens(data.snippets()[0]), (1, 16)
-    ),
+    Pretrained("minilm_l6", metrics.sentiment, "texts judged right", lambda: data.tokens(data.snippets()[0]), (1, 16)),
 )
 
 #: Every case, by the name that it has in `benchmarks.models`.

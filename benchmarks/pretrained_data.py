@@ -137,7 +137,7 @@ def tones(part: Part, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     pitches = np.exp(generator.uniform(np.log(65), np.log(1000), count))
     windows = []
     for pitch in pitches:
-        overtones = np.arange(1, min(generator.integers(3, 12), int(0.45 * RATE / pitch)) + 1)
+        overtones = np.arange(1, min(int(generator.integers(3, 12)), int(0.45 * RATE / pitch)) + 1)
         strength = overtones ** -generator.uniform(0.7, 1.5)
         phases = generator.uniform(0, 2 * np.pi, len(overtones))
         sound = strength @ np.sin(2 * np.pi * pitch * overtones[:, None] * time + phases[:, None])

@@ -68,7 +68,7 @@ def pitch(run: Run) -> float:
 def _batches(run: Run, size: int, *inputs: torch.Tensor) -> torch.Tensor:
     """The outputs for all inputs, `size` rows at a time."""
     with torch.no_grad():
-        parts = [torch.as_tensor(run(*rows)) for rows in zip(*(x.split(size) for x in inputs), strict=True)]
+        parts = [torch.as_tensor(run(*rows)) for rows in zip(*(torch.split(x, size) for x in inputs), strict=True)]
     return torch.cat(parts)
 
 

@@ -69,7 +69,8 @@ def keeps(record: Record, found: Record) -> bool:
 def beats(a: Record, b: Record, batch: str) -> bool:
     """Whether `a` is no larger and no slower than `b`, and clearly better in one of the two."""
     larger, slower = a["bytes"] / b["bytes"], a["ms"][batch] / b["ms"][batch]
-    return larger <= SAME_SIZE and slower <= SAME_TIME and (larger < 1 / SAME_SIZE or slower < 1 / SAME_TIME)
+    better = larger < 1 / SAME_SIZE or slower < 1 / SAME_TIME
+    return bool(larger <= SAME_SIZE and slower <= SAME_TIME and better)
 
 
 def _kept(record: Record) -> Iterator[tuple[str, Record]]:
@@ -84,17 +85,13 @@ def standing(record: Record, way: str) -> str:
         return ""
     if not keeps(record, found):
         return "loses too much"
-    behind: dict[str, list[str]] = {}
-    for other, its in _kept(record):
-        for batch in found["ms"]:
-            if other != way and beats(its, found, batch):
-                behind.setdefault(other, []).append(batch)
-    if not behind:
-        return "on the front"
-    everywhere = [other for other, batches in behind.items() if len(batches) == len(found["ms"])]
-    if everywhere:
-        return f"behind {everywhere[0]}"
-    return "; ".join(f"at {', '.join(batches)} behind {other}" for other, batches in behind.items())
+    others = [(other, its) for other, its in _kept(record) if other != way]
+    behind = {batch: [other for other, its in others if beats(its, found, batch)] for batch in found["ms"]}
+    ahead = [batch for batch, better in behind.items() if not better]
+    if not ahead:
+        everywhere = [name for name, _ in others if all(name in better for better in behind.values())]
+        return f"behind {everywhere[0] if everywhere else ', '.join({b[0]: 0 for b in behind.values()})}"
+    return "on the front" if len(ahead) == len(behind) else f"on the front at batch {', '.join(ahead)} only"
 
 
 def brief(record: Record, way: str) -> str:
@@ -176,8 +173,8 @@ def _legend(records: Mapping[str, Record]) -> str:
     return (
         f"Medians of interleaved calls. *drop* is eager PyTorch's metric less the way's, a semitone counting as 100 %; "
         f"a way that drops more than {drop:.0%} is no rival. *On the front*: no other way that keeps the metric is as "
-        f"small and as fast and better in one, where {SAME_TIME - 1:.0%} of time and {SAME_SIZE - 1:.0%} of size are no "
-        "difference. *SVD s* keeps this share of the parameters of every layer; tensorly-torch's are as large as "
+        f"small and as fast and better in one, where {SAME_TIME - 1:.0%} of time and {SAME_SIZE - 1:.0%} of size are "
+        "no difference. *SVD s* keeps this share of the parameters of every layer; tensorly-torch's are as large as "
         "tncompile's file, where there is one."
     )
 
@@ -231,6 +228,9 @@ def plot(records: Mapping[str, Record], folder: Path) -> list[Path]:
 
 
 def _panel(axes: Any, record: Record, batch: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    points: list[tuple[float, float, str]] = []
     for way, found in record["ways"].items():
         if "ms" not in found:
             continue
@@ -240,12 +240,20 @@ def _panel(axes: Any, record: Record, batch: str) -> None:
         x, y = found["ms"][batch], found["bytes"] / 1e6
         marker, size = ("*", 160) if way == OURS else ("o", 36)
         axes.scatter([x], [y], s=size, marker=marker, edgecolors=color, facecolors=face, zorder=3)
-        axes.annotate(way, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    front = []
+        points.append((x, y, way))
+    for place, (x, y, way) in enumerate(sorted(points)):  # above and below in turn, as neighbours are close
+        offset = (5, 4 if place % 2 else -9)
+        axes.annotate(way, (x, y), textcoords="offset points", xytext=offset, fontsize=7)
+    front: list[tuple[float, float]] = []
     for ms, megabytes in sorted((w["ms"][batch], w["bytes"] / 1e6) for n, w in _kept(record) if n != OURS):
         if not front or megabytes < front[-1][1]:
             front.append((ms, megabytes))
     if front:
         axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.9)
     axes.set(xscale="log", yscale="log", xlabel="ms a call", ylabel="MB")
+    axes.margins(0.14)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both", linewidth=0.4)

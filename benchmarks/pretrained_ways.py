@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,9 @@ SHARES = (0.9, 0.75, 0.5, 0.33)
 
 #: Rows that static quantization is calibrated on at once.
 ROWS = 16
+
+#: The smaller side of the smallest matrix that is decomposed: first layers and last ones that are smaller save nothing.
+SMALLEST = 16
 
 #: The operators that hold a model's weights, where the others are to stay in float.
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -105,8 +107,7 @@ def rows(arrays: Arrays, size: int) -> Iterator[Arrays]:
 def low_rank(module: nn.Module, share: float) -> nn.Module:
     """Every linear layer and convolution as two, with this share of its parameters: its largest singular values.
 
-    A convolution becomes one with few output channels, then a 1 x 1. Depthwise ones, and what would not become
-    smaller, stay.
+    A convolution becomes one with few output channels, then a 1 x 1. What would not become smaller stays.
     """
 
     def split(layer: nn.Module) -> nn.Module | None:
@@ -140,7 +141,7 @@ def _pair(layer: nn.Module, rank: int) -> tuple[Any, Any]:
 
 
 def replaced(module: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """A copy with each linear layer and full convolution replaced by what is made of it, if anything is."""
+    """A copy with each linear layer and full convolution replaced by what is made of it, if anything."""
     result = copy.deepcopy(module)
     for parent in list(result.modules()):
         for name, child in list(parent.named_children()):
@@ -150,10 +151,10 @@ def replaced(module: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -
 
 
 def replaceable(layer: nn.Module) -> bool:
-    """Whether a layer is a matrix in some sense: linear, or a convolution of all channels with all."""
+    """Whether a layer is worth it: linear, or a convolution of all channels with all, and not tiny."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return layer.groups == 1
-    return isinstance(layer, nn.Linear)
+        return layer.groups == 1 and min(layer.weight.flatten(1).shape) >= SMALLEST
+    return isinstance(layer, nn.Linear) and min(layer.weight.shape) >= SMALLEST
 
 
 # ------------------------------------------------------------------------------------ tensorly-torch
@@ -179,8 +180,6 @@ def tensorized(module: nn.Module, form: str, share: float, implementation: str) 
                 ),
                 layer,
             )
-        if layer.weight.shape[1] == 1:  # nothing to share between input channels
-            return None
         new = _checked(tltorch.FactorizedConv.from_conv(layer, factorization=form, **options), layer)
         padding = getattr(layer, "static_padding", None)  # of a subclass that pads by itself
         return new if new is None or padding is None else nn.Sequential(padding, new)
@@ -204,7 +203,7 @@ def share_for(module: nn.Module, size: int, dense: int) -> float:
 
     TNCompileError where everything else is larger than that already.
     """
-    layers = 4 * sum(math.prod(m.weight.shape) for m in module.modules() if replaceable(m))  # type: ignore[operator,union-attr,arg-type]
+    layers = 4 * sum(parameters(m) for m in module.modules() if replaceable(m))
     share = 1 - (dense - size) / layers
     if share <= 0.01:
         raise TNCompileError(f"what is not in linear layers and convolutions takes more than {size / 1e6:.2f} MB")
