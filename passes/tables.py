@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -58,12 +59,13 @@ class Tables(Pass):
         changes: list[Change] = []
         known = {node.value.name: node for node in program.nodes}
         writer = Writer(program)
+        readers = _readers(program)
         nodes: list[Node] = []
         for node in program.nodes:
             if isinstance(node, Network):
                 terms = []
                 for term in node.terms:
-                    rows = _rows(node, term, program, known)
+                    rows = _rows(node, term, program, known, readers)
                     if rows is not None:
                         added, term = self._merge(rows, context, writer, changes)
                         nodes += added
@@ -258,14 +260,21 @@ def _positions(modes: Sequence[tuple[str, tuple[Position, int]]]) -> list[Positi
     return [position for position, _ in found]
 
 
-def _rows(network: Network, term: Term, program: Program, nodes: Mapping[str, Node]) -> _Rows | None:
+def _readers(program: Program) -> Counter[int]:
+    """How often each array is read, by its `id`: as a core, or by an opaque node."""
+    cores = (core.data for network in program.networks for core in network.cores)
+    weights = (program.weights.get(n) for node in program.nodes if isinstance(node, Opaque) for n in node.inputs)
+    return Counter(id(array) for array in (*cores, *weights))
+
+
+def _rows(
+    network: Network, term: Term, program: Program, nodes: Mapping[str, Node], readers: Mapping[int, int]
+) -> _Rows | None:
     """A term as one of tables and cores; None where it reads no rows."""
     if term.windows:
         return None
     tensors, tables = list(term.tensors), dict[int, _Table]()
     taken = {*network.indices}
-    everywhere = [c.data for n in program.networks for c in n.cores]
-    everywhere += [program.weights.get(n) for node in program.nodes if isinstance(node, Opaque) for n in node.inputs]
     for position, tensor in enumerate(term.tensors):
         node = nodes.get(tensor.name)
         if tensor.is_core or not isinstance(node, Opaque) or node.target != EMBEDDING:
@@ -276,7 +285,7 @@ def _rows(network: Network, term: Term, program: Program, nodes: Mapping[str, No
         # an index in several axes of the rows is a diagonal, and rows that others read too are gathered anyway
         if array is None or array.ndim != 2 or program.uses[tensor.name] > 1 or len({*names}) < len(names):
             continue
-        if sum(array is other for other in everywhere) > 1:
+        if readers[id(array)] > 1:
             continue  # it stays in the file for others
         assert isinstance(weight, Ref)
         assert isinstance(ids, Ref)
