@@ -1,4 +1,4 @@
-"""What `order` says of a choice: the plans, what they are predicted or measured to take, and what the others would."""
+"""What a report says of times: those of a choice's plans and of what was not chosen, before a change and after."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ def _what(before: Term, after: Term) -> str:
 
 def _rounded(seconds: Sequence[float]) -> list[float]:
     return [round(s * 1e6, 3) for s in seconds]
+
+
+def instead(new: Sequence[float], old: Sequence[float], context: Context) -> str:
+    """``12.3 µs instead of 45.6 µs at batch 32``: seconds at each batch size, of which the largest is shown."""
+    return f"{microseconds(new[-1])} instead of {microseconds(old[-1])} at batch {context.batches[-1]}"
 
 
 def microseconds(seconds: float) -> str:

@@ -16,7 +16,8 @@ from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Ter
 from tncompile.ir.core import left_to_right
 from tncompile.ir.edit import fresh, merge_groups, unique_cores
 from tncompile.passes.base import Change, Context, Pass
-from tncompile.passes.plans import Limits, candidates
+from tncompile.passes.explain import instead
+from tncompile.passes.plans import Limits, fastest
 from tncompile.passes.positions import EMBEDDING, Position, Writer, read
 
 Groups = frozenset[tuple[int, ...]]
@@ -24,6 +25,7 @@ Groups = frozenset[tuple[int, ...]]
 
 _DIVISION = 4e-9
 """Seconds for one integer division by a constant; a remainder takes as long."""
+_FEW = Limits(max_trials=2, trees=1)
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,8 @@ class Tables(Pass):
         if result is None:
             return (), rows.term
         after = rows.seconds(best, context) or before
-        size = context.batches[-1]
-        why = (
-            f"predicted {after[-1] * 1e6:,.3g} µs at batch {size} instead of {before[-1] * 1e6:,.3g}, "
-            f"{rows.elements(best):,} numbers instead of {rows.elements(start):,}"
-        )
+        numbers = f"{rows.elements(best):,} numbers instead of {rows.elements(start):,}"
+        why = f"predicted {instead(after, before, context)}, {numbers}"
         changes.append(Change(rows.network.output.name, what, why, details=details))
         return result
 
@@ -206,8 +205,7 @@ class _Rows:
         network = replace(self.network, terms=(term,))
         total = [0.0] * len(context.batches)
         if len(term.tensors) > 1:
-            found = candidates(network, term, context, Limits(2, 1))
-            total = [min(way.seconds[k] for way in found) for k in range(len(context.batches))]
+            total = [*fastest(network, term, context, _FEW)]
         itemsize = np.dtype(self.network.dtype).itemsize
         for k, batch in enumerate(context.batches):
             sizes = context.index_sizes(self.network, batch)
