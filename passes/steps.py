@@ -118,10 +118,7 @@ def _key(use: _Use) -> object:
     for name in use.term.indices:
         number.setdefault(name, len(number))
 
-    def axes(tensor: Tensor) -> object:
-        return tuple(tuple((number[i.name], i.size) for i in axis) for axis in tensor.axes)
-
-    tensors = tuple((id(t.data), axes(t)) for t in use.term.tensors)
+    tensors = tuple((id(t.data), t.form(number)) for t in use.term.tensors)
     return use.part.value.name, use.part.axis, use.network.dtype, tensors, tuple(i.size for i in shown)
 
 

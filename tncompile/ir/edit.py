@@ -89,7 +89,7 @@ def _substitute_term(term: Term, mapping: Mapping[str, Axis]) -> Term:
 
 def _substitute_window(window: Window, mapping: Mapping[str, Axis]) -> Window:
     names: list[str] = []
-    for name in (window.axis, window.kernel, window.out):
+    for name in window.names:
         new = tuple(i.name for i in mapping[name]) if name in mapping else (name,)
         if len(new) != 1:
             raise CannotEdit(f"{name}, over which a window slides, is split")
