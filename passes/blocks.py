@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tncompile.cost.profile import BLOCK
-from tncompile.ir import Index, Network, Node, Program, Tensor, Term
-from tncompile.ir.edit import unique_cores
+from tncompile.ir import Index, Network, Program, Tensor, Term
+from tncompile.ir.edit import map_terms
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.plans import Limits, fastest
 
@@ -40,12 +40,7 @@ class Blocks(Pass):
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
-        nodes: list[Node] = []
-        for node in program.nodes:
-            if isinstance(node, Network):
-                node = replace(node, terms=tuple(self._widened(node, term, context, changes) for term in node.terms))
-            nodes.append(node)
-        return unique_cores(replace(program, nodes=tuple(nodes))), changes
+        return map_terms(program, lambda network, term: self._widened(network, term, context, changes)), changes
 
     def _widened(self, network: Network, term: Term, context: Context, changes: list[Change]) -> Term:
         bonds = [i for i in _shared_bonds(network, term) if int(i.size) % BLOCK] if term.windows else []

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term
 from tncompile.ir.core import left_to_right
-from tncompile.ir.edit import fresh, merge_groups, unique_cores
+from tncompile.ir.edit import fresh, merge_groups
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.explain import instead
 from tncompile.passes.plans import Limits, fastest
@@ -62,21 +62,21 @@ class Tables(Pass):
         known = {node.value.name: node for node in program.nodes}
         writer = Writer(program)
         readers = _readers(program)
-        nodes: list[Node] = []
-        for node in program.nodes:
-            if isinstance(node, Network):
-                terms = []
-                for term in node.terms:
-                    rows = _rows(node, term, program, known, readers)
-                    if rows is not None:
-                        added, term = self._merge(rows, context, writer, changes)
-                        nodes += added
-                    terms.append(term)
-                node = replace(node, terms=tuple(terms))
-            nodes.append(node)
+
+        def merged(network: Network) -> Iterator[Node]:
+            terms = []
+            for term in network.terms:
+                rows = _rows(network, term, program, known, readers)
+                if rows is not None:
+                    added, term = self._merge(rows, context, writer, changes)
+                    yield from added
+                terms.append(term)
+            yield replace(network, terms=tuple(terms))
+
+        nodes = [new for node in program.nodes for new in (merged(node) if isinstance(node, Network) else (node,))]
         if len(nodes) == len(program.nodes):
             return program, changes
-        return unique_cores(replace(program, nodes=tuple(nodes), weights=writer.weights)), changes
+        return writer.program(program, nodes), changes
 
     def _merge(
         self, rows: _Rows, context: Context, writer: Writer, changes: list[Change]

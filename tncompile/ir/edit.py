@@ -368,6 +368,15 @@ def unique_cores(program: Program) -> Program:
     return replace(program, nodes=tuple(map_networks(node, visit) for node in program.nodes))
 
 
+def map_terms(program: Program, edit: Callable[[Network, Term], Term]) -> Program:
+    """A program with every term of every network replaced, and one name for one array again."""
+
+    def visit(network: Network) -> Network:
+        return replace(network, terms=tuple(edit(network, term) for term in network.terms))
+
+    return unique_cores(replace(program, nodes=tuple(map_networks(node, visit) for node in program.nodes)))
+
+
 def map_networks(node: Node, edit: Callable[[Network], Network]) -> Node:
     """A node with its network, or every case of its switch, replaced; an opaque node as it is."""
     if isinstance(node, Opaque):
