@@ -143,11 +143,19 @@ def _hashable(arg: Any) -> Any:
 def _drop_dead(program: Program, changes: list[Change]) -> Program:
     live = {name for _, name in program.outputs}
     kept: list[Node] = []
+    opaque: list[str] = []
     for node in reversed(program.nodes):
         if node.value.name in live:
             live.update(node.inputs)
             kept.append(node)
-        elif isinstance(node, Network):
+        elif isinstance(node, Opaque):
+            opaque.append(node.value.name)
+        else:
             changes.append(Change(node.value.name, f"dropped {node.value.name}", "nothing reads it"))
+    if opaque:  # of an unrolled loop there may be hundreds
+        values = opaque[::-1]
+        what = f"dropped {', '.join(values[:3])}" + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+        why = "nothing reads it" if len(values) == 1 else "nothing reads them"
+        changes.append(Change(values[0], what, why, details={"values": values}))
     weights = {name: array for name, array in program.weights.items() if name in live}
     return replace(program, nodes=tuple(reversed(kept)), weights=weights)

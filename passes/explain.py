@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from tncompile.ir import Network, Term
 from tncompile.passes.base import Change, Context
-from tncompile.passes.choice import Choice
+from tncompile.passes.choice import BatchPlans
 from tncompile.passes.plans import DENSE, TRACED, Candidate, best_of, label_of
 
 
 def explain(
     network: Network,
     before: Term,
-    choice: Choice,
+    choice: BatchPlans,
     after: Sequence[Term],
     ways: Mapping[Candidate, Term],
     context: Context,
@@ -45,7 +45,7 @@ def explain(
     return Change(network.output.name, what, why, details=details)
 
 
-def _serves(choice: Choice) -> list[str]:
+def _serves(choice: BatchPlans) -> list[str]:
     if not choice.limits:
         return [""]
     return [*(f"up to batch {limit}: " for limit in choice.limits), "beyond: "]

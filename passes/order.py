@@ -12,7 +12,7 @@ from tncompile.ir import Network, Opaque, Program, Switch, Term, dims, networks_
 from tncompile.ir.edit import unique_cores
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.blockwise import one_term
-from tncompile.passes.choice import Choice, choose
+from tncompile.passes.choice import BatchPlans, choose
 from tncompile.passes.explain import explain, instead
 from tncompile.passes.fold import merge_like_terms
 from tncompile.passes.plans import DENSE, Candidate, Limits, best_of, candidates, key_of, merge_constants, scheduler
@@ -150,7 +150,7 @@ class Order(Pass):
 
     def _choose(
         self, network: Network, ways: Mapping[Candidate, Term], context: Context, branch: float
-    ) -> tuple[Choice, dict[Candidate, Term]]:
+    ) -> tuple[BatchPlans, dict[Candidate, Term]]:
         """The choice among some candidates, and the term as each of the chosen ones computes it."""
         left = [*ways]
         while True:
@@ -169,7 +169,7 @@ class _Plan:
 
     term: Term
     ways: Mapping[Candidate, Term]
-    choice: Choice
+    choice: BatchPlans
     ready: Mapping[Candidate, Term]
 
 

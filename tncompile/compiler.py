@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tncompile import __version__
-from tncompile.cost.devices import Choice, choose
+from tncompile.cost.devices import ChosenProfile, choose
 from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, LoadError, TNCompileError, UnsupportedError
@@ -191,7 +191,7 @@ def compile_exported(
     watch = _Watch(seconds)
     if device not in DEVICES:
         raise TNCompileError(f"no device {device!r}; choose from {', '.join(DEVICES)}")
-    plan_for = Choice(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
+    plan_for = ChosenProfile(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
     timer = None if tune is None else Tuner(tune, device)
     progress("importing the graph")
     traced = exported if isinstance(exported, OnnxModel) else import_exported(exported)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     """Compile, check, write and say what was done."""
     model, output = Path(options.model), Path(options.output)
     report = None if options.report is None else Path(options.report)
-    _check_paths(model, output, report)
+    _check_paths(model, _outputs(options), report)
     passes(options)  # wrong ones are told before any work
     from tncompile.frontend.load import detect
 
@@ -114,7 +116,6 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
     from tncompile import compiler
     from tncompile.passes import DEFAULT
 
-    each = options.device == "cuda" and len(options.batch) > 1
     return [
         compiler.compile_file(
             options.model,
@@ -133,7 +134,7 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
             examples=[load_example(path) for path in options.example],
             progress=progress,
         )
-        for batch in (options.batch if each else [options.batch])
+        for batch in (options.batch if _is_one_for_each_batch(options) else [options.batch])
     ]
 
 
@@ -141,21 +142,38 @@ def _files(output: Path, models: list[CompiledModel]) -> dict[Path, CompiledMode
     """Where each model goes: to `output` where all are the same, else to ``OUT.b32.onnx`` for batch 32."""
     if len({model.stored.file.message for model in models}) == 1:  # it names all cores, plans and sizes
         return {output: models[0]}
-    return {output.with_name(f"{output.stem}.b{m.report.batches[0]}{output.suffix}"): m for m in models}
+    return {_at_batch(output, model.report.batches[0]): model for model in models}
 
 
-def _check_paths(model: Path, output: Path, report: Path | None) -> None:
+def _is_one_for_each_batch(options: argparse.Namespace) -> bool:
+    return options.device == "cuda" and len(options.batch) > 1
+
+
+def _at_batch(output: Path, batch: int) -> Path:
+    return output.with_name(f"{output.stem}.b{batch}{output.suffix}")
+
+
+def _outputs(options: argparse.Namespace) -> list[Path]:
+    """Every model file that may be written."""
+    output = Path(options.output)
+    return [output, *(_at_batch(output, batch) for batch in options.batch if _is_one_for_each_batch(options))]
+
+
+def _check_paths(model: Path, outputs: Sequence[Path], report: Path | None) -> None:
     """Say what is wrong with the paths before any work is done."""
-    for path in (output, report):
-        if path is not None:
-            check_writable(path)
-    for path in (output, data_path(output), report):
-        if path is not None:
-            check_not_the_model(path, model)
-    if data_path(output).is_file():
-        from tncompile.frontend.onnx.load import external_files
+    reports = [] if report is None else [report]
+    for path in (*outputs, *reports):
+        check_writable(path)
+    for path in reports:
+        if path.absolute() in {output.absolute() for output in outputs}:
+            raise OutputError(f"{path}: the report would overwrite the output; give it another name")
+    # os.path's answer where the name of the data would be too long, for which Path has an error
+    written = [path for path in (*outputs, *map(data_path, outputs), *reports) if os.path.exists(path)]
+    for path in written:
+        check_not_the_model(path, model)
+    if written:
+        from tncompile.frontend.load import files_of
 
-        for file in external_files(model):
-            check_not_the_model(data_path(output), file)
-    if report is not None and report.absolute() == output.absolute():
-        raise OutputError(f"{report}: the report would overwrite the output; give it another name")
+        for file in files_of(model):
+            for path in written:
+                check_not_the_model(path, file)
