@@ -241,6 +241,7 @@ def compile_exported(
         views=views,
         opaque=sum(isinstance(n, Opaque) and n.output.dtype != "scalar" for n in program.nodes),
         batches=context.batches,
+        sizes={name: size for name, size in context.sizes.items() if name != "batch"},
         dynamic="batch" in traced.sizes,
         version=__version__,
         device=plan_for.profile.device,
