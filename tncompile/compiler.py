@@ -28,7 +28,8 @@ from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
 from tncompile.ir import Array, Opaque, Program, Switch
 from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
-from tncompile.runtime.check import CheckReport, check
+from tncompile.runtime.accuracy import CheckReport
+from tncompile.runtime.check import check
 from tncompile.runtime.device import DEVICES
 from tncompile.runtime.files import check_writable, write_file
 from tncompile.runtime.session import Session

@@ -13,7 +13,7 @@ from tncompile.passes.base import Context, PassReport
 from tncompile.passes.limit import peaks
 from tncompile.passes.plans import cost_of, dense_tree
 from tncompile.passes.positions import tables_of
-from tncompile.runtime.check import CheckReport
+from tncompile.runtime.accuracy import CheckReport
 from tncompile.runtime.settle import Settled
 
 if TYPE_CHECKING:
