@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tncompile.cost.profile import BLOCK
-from tncompile.ir import Index, Network, Node, Program, Tensor, Term
-from tncompile.ir.edit import unique_cores
+from tncompile.ir import Index, Network, Program, Tensor, Term
+from tncompile.ir.edit import map_terms
 from tncompile.passes.base import Change, Context, Pass
-from tncompile.passes.plans import Limits, candidates
+from tncompile.passes.plans import Limits, fastest
+
+_FEW = Limits(max_trials=0, trees=1)
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,7 @@ class Blocks(Pass):
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
-        nodes: list[Node] = []
-        for node in program.nodes:
-            if isinstance(node, Network):
-                node = replace(node, terms=tuple(self._widened(node, term, context, changes) for term in node.terms))
-            nodes.append(node)
-        return unique_cores(replace(program, nodes=tuple(nodes))), changes
+        return map_terms(program, lambda network, term: self._widened(network, term, context, changes)), changes
 
     def _widened(self, network: Network, term: Term, context: Context, changes: list[Change]) -> Term:
         bonds = [i for i in _shared_bonds(network, term) if int(i.size) % BLOCK] if term.windows else []
@@ -51,7 +48,7 @@ class Blocks(Pass):
             return term
         wide = [Index(i.name, -(-int(i.size) // BLOCK) * BLOCK) for i in bonds]
         widened = replace(term, tensors=tuple(_padded(t, {i.name: i for i in wide}) for t in term.tensors))
-        before, after = (_best(replace(network, terms=(t,)), t, context) for t in (term, widened))
+        before, after = (fastest(replace(network, terms=(t,)), t, context, _FEW) for t in (term, widened))
         logs = [math.log(new / old) for new, old in zip(after, before, strict=True)]
         gain = math.exp(sum(logs) / len(logs))
         what = ", ".join(f"{a.name} of size {a.size} is {b.size}" for a, b in zip(bonds, wide, strict=True))
@@ -67,12 +64,6 @@ def _shared_bonds(network: Network, term: Term) -> list[Index]:
     outside = {i.name for t in (network.output, *term.operands) for i in t.indices} | term.slid
     held = Counter(name for core in term.cores for name in {i.name for i in core.indices})
     return [i for name, i in term.indices.items() if name not in outside and held[name] > 2]
-
-
-def _best(network: Network, term: Term, context: Context) -> list[float]:
-    """The least predicted seconds at each batch size."""
-    ways = candidates(network, term, context, Limits(0, 1))
-    return [min(way.seconds[k] for way in ways) for k in range(len(context.batches))]
 
 
 def _padded(tensor: Tensor, wide: dict[str, Index]) -> Tensor:

@@ -39,16 +39,8 @@ def _form(network: Network, term: Term) -> object:
     """What has to be the same for terms to be stacked: which index stands where, whatever those inside are called."""
     if len(term.operands) != 1 or not term.cores or term.slices:
         return None
-    output = {i.name for i in network.output.indices}
-    number: dict[str, object] = {}
-
-    def key(index: Index) -> object:
-        return number.setdefault(index.name, index.name if index.name in output else len(number)), index.size
-
-    tensors = tuple(
-        ("" if t.is_core else t.name, tuple(tuple(map(key, axis)) for axis in t.axes)) for t in term.tensors
-    )
-    windows = tuple(
-        (number.get(w.axis), number.get(w.kernel), w.out, w.stride, w.dilation, w.padding) for w in term.windows
-    )
-    return tensors, windows, term.order
+    number: dict[str, object] = {i.name: i.name for i in network.output.indices}
+    for name in term.indices:
+        number.setdefault(name, len(number))
+    tensors = tuple(("" if t.is_core else t.name, t.form(number)) for t in term.tensors)
+    return tensors, tuple(w.form(number) for w in term.windows), term.order

@@ -17,7 +17,7 @@ MAX_SWITCHED = 6
 
 
 @dataclass(frozen=True)
-class Choice:
+class BatchPlans:
     """`plans[k]` serves batch sizes up to `limits[k]`, the last all beyond."""
 
     plans: tuple[Candidate, ...]
@@ -28,7 +28,7 @@ class Choice:
         return self.plans[-1] if size is None else self.plans[sum(limit < size for limit in self.limits)]
 
 
-def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: float, margin: float) -> Choice:
+def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: float, margin: float) -> BatchPlans:
     """The plans with the least worst ratio to the best candidate of each batch size.
 
     More plans than one cost `branch` seconds a call (inf: are not possible). A candidate must be faster than the
@@ -67,7 +67,7 @@ def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: floa
         low, high = a.stop - 1, b.start
         between = (_interpolated(plan, low, high, batches) for plan in (first, second))
         limits.append(crossing(batches[low], batches[high], *between))
-    return Choice(tuple(plan for _, plan in merged), tuple(limits))
+    return BatchPlans(tuple(plan for _, plan in merged), tuple(limits))
 
 
 def _partitions(count: int) -> Iterator[list[range]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Switch, Tensor, Term, Window
+from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Switch, Tensor, Term
 from tncompile.ir.core import Arg
 from tncompile.ir.edit import drop_tensors, map_networks, substitute
 from tncompile.passes.base import Change, Context, Pass
@@ -91,7 +91,7 @@ def identity_of(network: Network) -> str | None:
 
 
 def _simplify(network: Network, changes: list[Change]) -> Network:
-    slid = {name for term in network.terms for w in term.windows for name in (w.axis, w.kernel, w.out)}
+    slid = {name for term in network.terms for w in term.windows for name in w.names}
     small = [name for name, i in network.indices.items() if i.size == 1 and name not in slid]
     ones: dict[str, tuple[Index, ...]] = dict.fromkeys(small, ())
     if ones:
@@ -127,18 +127,11 @@ def _key(node: Node) -> Any:
     if isinstance(node, Switch):
         return (node.symbol, node.limits, *map(_key, node.cases))
     number = {name: k for k, name in enumerate(node.indices)}
-
-    def axes(tensor: Tensor) -> Any:
-        return tuple(tuple((number[i.name], i.size) for i in axis) for axis in tensor.axes)
-
-    def window(w: Window) -> Any:
-        return tuple(map(number.__getitem__, (w.axis, w.kernel, w.out))), w.stride, w.dilation, w.padding
-
     terms = tuple(
-        (tuple((t.name, id(t.data), axes(t)) for t in term.tensors), tuple(map(window, term.windows)))
+        (tuple((t.name, id(t.data), t.form(number)) for t in term.tensors), tuple(w.form(number) for w in term.windows))
         for term in node.terms
     )
-    return (terms, axes(node.output), node.dtype)
+    return (terms, node.output.form(number), node.dtype)
 
 
 def _hashable(arg: Any) -> Any:
@@ -150,11 +143,19 @@ def _hashable(arg: Any) -> Any:
 def _drop_dead(program: Program, changes: list[Change]) -> Program:
     live = {name for _, name in program.outputs}
     kept: list[Node] = []
+    opaque: list[str] = []
     for node in reversed(program.nodes):
         if node.value.name in live:
             live.update(node.inputs)
             kept.append(node)
-        elif isinstance(node, Network):
+        elif isinstance(node, Opaque):
+            opaque.append(node.value.name)
+        else:
             changes.append(Change(node.value.name, f"dropped {node.value.name}", "nothing reads it"))
+    if opaque:  # of an unrolled loop there may be hundreds
+        values = opaque[::-1]
+        what = f"dropped {', '.join(values[:3])}" + (f" and {len(values) - 3} more" if len(values) > 3 else "")
+        why = "nothing reads it" if len(values) == 1 else "nothing reads them"
+        changes.append(Change(values[0], what, why, details={"values": values}))
     weights = {name: array for name, array in program.weights.items() if name in live}
     return replace(program, nodes=tuple(reversed(kept)), weights=weights)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from tncompile.ir import Network, Node, Program, Term
-from tncompile.ir.edit import unique_cores
+from tncompile.ir import Network, Program, Term
+from tncompile.ir.edit import map_terms
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.plans import dense_tree, merge_constants
 
@@ -31,12 +31,7 @@ class Dense(Pass):
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
-        nodes: list[Node] = []
-        for node in program.nodes:
-            if isinstance(node, Network):
-                node = replace(node, terms=tuple(_merged(node, term, context, changes) for term in node.terms))
-            nodes.append(node)
-        return unique_cores(replace(program, nodes=tuple(nodes))), changes
+        return map_terms(program, lambda network, term: _merged(network, term, context, changes)), changes
 
 
 def _merged(network: Network, term: Term, context: Context, changes: list[Change]) -> Term:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value, Window
+from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
 from tncompile.ir.core import NETWORK_DTYPES, same_array
 from tncompile.ir.edit import fresh
 from tncompile.passes.stacks import SELECT, SLICE, STACK, Part, part_of
@@ -30,17 +30,11 @@ def selections(program: Program) -> dict[str, Part]:
 def structure(network: Network) -> object:
     """Equal for networks that compute the same from operands and cores of the same shapes, whatever their names."""
     number = {name: k for k, name in enumerate(network.indices)}
-
-    def axes(tensor: Tensor) -> object:
-        return tuple(tuple((number[i.name], i.size) for i in axis) for axis in tensor.axes)
-
-    def window(w: Window) -> object:
-        return number[w.axis], number[w.kernel], number[w.out], w.stride, w.dilation, w.padding
-
     terms = tuple(
-        (tuple((t.is_core, axes(t)) for t in term.tensors), tuple(map(window, term.windows))) for term in network.terms
+        (tuple((t.is_core, t.form(number)) for t in term.tensors), tuple(w.form(number) for w in term.windows))
+        for term in network.terms
     )
-    return terms, axes(network.output), network.dtype
+    return terms, network.output.form(number), network.dtype
 
 
 @dataclass(frozen=True)

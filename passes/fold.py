@@ -216,7 +216,9 @@ def _combine_terms(network: Network, changes: list[Change]) -> Network:
         what = f"{sum(t.is_constant for t in network.terms)} biases and scales are one bias"
         changes.append(Change(network.output.name, what, "a sum of cores"))
     if moving:
+        zero = [t.tensors[0].name for t in constants if not np.any(t.tensors[0].data)]
         constants = [t for t in constants if np.any(t.tensors[0].data)]
+        changes += [Change(network.output.name, f"dropped {name}", "it is 0 everywhere") for name in zero]
     terms = (*moving, *constants)
     return network if terms == network.terms else replace(network, terms=terms)
 

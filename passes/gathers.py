@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term
 from tncompile.ir.core import NETWORK_DTYPES, Axis
-from tncompile.ir.edit import CannotEdit, fresh, inline, unique_cores
+from tncompile.ir.edit import CannotEdit, fresh, inline
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.positions import EMBEDDING, Gather, Position, Writer, gather_of, read
 
@@ -42,26 +42,25 @@ class Gathers(Pass):
         changes: list[Change] = []
         known = {node.value.name: node for node in program.nodes}
         writer = Writer(program)
-        nodes: list[Node] = []
-        for node in program.nodes:
+
+        def rewritten(node: Node) -> Sequence[Node]:
             gather = gather_of(node, program.values)
-            if gather is not None and isinstance(node, Opaque) and _is_lookup(gather, program):
-                nodes.append(
-                    replace(node, target=EMBEDDING, args=(Ref(gather.source), Ref(gather.ids[0].name)), kwargs=())
-                )
-                continue
-            table = None if gather is None else self._table(gather, node, known, program)
-            if gather is None or table is None or not isinstance(node, Opaque):
-                nodes.append(node)
-                continue
+            if gather is None or not isinstance(node, Opaque):
+                return (node,)
+            if _is_lookup(gather, program):
+                args = (Ref(gather.source), Ref(gather.ids[0].name))
+                return (replace(node, target=EMBEDDING, args=args, kwargs=()),)
+            table = self._table(gather, node, known, program)
+            if table is None:
+                return (node,)
             try:
-                nodes += self._rows(node, gather, table, known, writer, changes)
+                return self._rows(node, gather, table, known, writer, changes)
             except CannotEdit as reason:
-                changes.append(
-                    Change(node.output.name, f"{gather.source} is gathered from as a whole", str(reason), declined=True)
-                )
-                nodes.append(node)
-        return unique_cores(replace(program, nodes=tuple(nodes), weights=writer.weights)), changes
+                what = f"{gather.source} is gathered from as a whole"
+                changes.append(Change(node.output.name, what, str(reason), declined=True))
+                return (node,)
+
+        return writer.program(program, [new for node in program.nodes for new in rewritten(node)]), changes
 
     def _table(self, gather: Gather, node: Node, nodes: Mapping[str, Node], program: Program) -> Network | None:
         """The network of cores that a gather reads from, as one."""

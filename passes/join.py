@@ -12,11 +12,11 @@ from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.cells import Levels, State
 from tncompile.passes.clean import Clean
 from tncompile.passes.equals import Parts, selections, structure
-from tncompile.passes.explain import microseconds
+from tncompile.passes.explain import instead
 from tncompile.passes.fold import Fold
 from tncompile.passes.pieces import as_selections
 from tncompile.passes.stacks import Stacks
-from tncompile.passes.worth import Seconds, Worth, gains, ratio
+from tncompile.passes.worth import Worth, gains, ratio
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,10 @@ class Join(Pass):
             after = _tidied(after, worth.context)
             for way in (after, _tidied(multiplied_out(after, known), worth.context)):
                 old, new = map(worth.nodes, _differ(program, way))
-                why = why or predicted(old, new, worth.context)
+                predicted = f"predicted {instead(new, old, worth.context)}"
+                why = why or predicted
                 if gains(old, new, self.margin) and (best is None or ratio(old, new) < best[0]):
-                    best = (ratio(old, new), way, predicted(old, new, worth.context))
+                    best = (ratio(old, new), way, predicted)
         if best is None:
             return Change(family[0].output.name, what, why, declined=True), None
         return Change(family[0].output.name, what, best[2]), best[1]
@@ -100,11 +101,13 @@ class Join(Pass):
 
     def _sites(self, program: Program, worth: Worth, changes: list[Change]) -> Program:
         parts = selections(program)
+        taken = {*program.values, *program.arrays}
         nodes: list[Node] = []
         for node in program.nodes:
             if isinstance(node, Network) and any(t.name in parts for t in node.operands):
-                taken = {*program.values, *program.arrays, *(done.value.name for done in nodes)}
-                nodes += self._levels(node, parts, worth, taken, changes)
+                levels = self._levels(node, parts, worth, taken, changes)
+                taken.update(level.value.name for level in levels)
+                nodes += levels
             else:
                 nodes.append(node)
         return replace(program, nodes=tuple(nodes))
@@ -120,7 +123,7 @@ class Join(Pass):
             return [network]
         count = sum(isinstance(node, Network) for node in end.nodes)
         what = f"its equal parts are computed at once, in {count} network{'s' * (count > 1)} before it"
-        changes.append(Change(network.output.name, what, predicted(before, after, worth.context)))
+        changes.append(Change(network.output.name, what, f"predicted {instead(after, before, worth.context)}"))
         return [*end.nodes, end.network]
 
 
@@ -139,8 +142,3 @@ def _differ(before: Program, after: Program) -> tuple[list[Node], list[Node]]:
         [node for name, node in old.items() if new.get(name) != node],
         [node for name, node in new.items() if old.get(name) != node],
     )
-
-
-def predicted(before: Seconds, after: Seconds, context: Context) -> str:
-    """What a rewrite is for."""
-    return f"predicted {microseconds(after[-1])} instead of {microseconds(before[-1])} at batch {context.batches[-1]}"

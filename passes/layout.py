@@ -12,7 +12,7 @@ from tncompile.ir import Network, Opaque, Program, Step, Switch, Term, Tree, net
 from tncompile.ir.edit import CannotEdit
 from tncompile.ir.evaluate import flatten
 from tncompile.passes.base import Change, Context, Pass
-from tncompile.passes.explain import microseconds
+from tncompile.passes.explain import instead
 from tncompile.passes.plans import key_of, scheduler
 from tncompile.passes.regions import Modes, Order, Region, modes_of, regions, relaid
 
@@ -105,14 +105,14 @@ def _change(
     node = next(n for n in modes.program.nodes if n.value.name == region.first)
     names = [i.name for i in networks_of(node)[-1].output.indices]
     lie = f"{' '.join(names[place] for place in order)} instead of {' '.join(names)}"
-    why = f"predicted {microseconds(after[-1])} instead of {microseconds(before[-1])} at batch {context.batches[-1]}"
     details = {
         "batches": context.batches,
         "microseconds": tuple(s * 1e6 for s in after),
         "before": tuple(s * 1e6 for s in before),
     }
     what = f"{_names(region)} in the order {lie}"
-    return Change(region.first, what, f"{why}, with the networks around", details=details)
+    why = f"predicted {instead(after, before, context)}, with the networks around"
+    return Change(region.first, what, why, details=details)
 
 
 def _names(region: Region) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from tncompile.ir import Network, Node, Program, Tensor, Term
-from tncompile.ir.edit import merge_tensors, unique_cores
+from tncompile.ir import Network, Program, Tensor, Term
+from tncompile.ir.edit import map_terms, merge_tensors
 from tncompile.passes.base import Change, Context, Pass
 
 
@@ -37,12 +37,7 @@ class MergeCores(Pass):
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
-        nodes: list[Node] = []
-        for node in program.nodes:
-            if isinstance(node, Network):
-                node = replace(node, terms=tuple(self._merge(node, term, changes) for term in node.terms))
-            nodes.append(node)
-        return unique_cores(replace(program, nodes=tuple(nodes))), changes
+        return map_terms(program, lambda network, term: self._merge(network, term, changes)), changes
 
     def _merge(self, network: Network, term: Term, changes: list[Change]) -> Term:
         pairs = _Pairs(network, term)

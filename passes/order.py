@@ -12,8 +12,8 @@ from tncompile.ir import Network, Opaque, Program, Switch, Term, dims, networks_
 from tncompile.ir.edit import unique_cores
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.blockwise import one_term
-from tncompile.passes.choice import Choice, choose
-from tncompile.passes.explain import explain, microseconds
+from tncompile.passes.choice import BatchPlans, choose
+from tncompile.passes.explain import explain, instead
 from tncompile.passes.fold import merge_like_terms
 from tncompile.passes.plans import DENSE, Candidate, Limits, best_of, candidates, key_of, merge_constants, scheduler
 from tncompile.passes.unroll import unrolled
@@ -82,7 +82,7 @@ class Order(Pass):
             apart, one = _times(network, plans, context), _times(network, [together], context)
             if self._pays(one, apart):
                 what = f"{len(moving)} terms are one, numbered by an index of its cores"
-                changes.append(Change(network.output.name, what, _instead(one, apart, context)))
+                changes.append(Change(network.output.name, what, instead(one, apart, context)))
                 network, plans = replace(network, terms=(stacked, *constant)), [together]
         for plan in plans:
             if len(plan.term.tensors) > 1:
@@ -135,7 +135,7 @@ class Order(Pass):
         if len(whole) > 1 or _overflows(plans[0].term, whole[0]):
             return None
         what = f"{len(plans)} terms on {whole[0].operands[0].name} are one dense layer"
-        return _scheduled(network, whole[0], context), Change(network.output.name, what, _instead(one, apart, context))
+        return _scheduled(network, whole[0], context), Change(network.output.name, what, instead(one, apart, context))
 
     def _ways(self, network: Network, term: Term, context: Context, known: Known) -> list[Candidate]:
         """The candidates of a term, searched and timed once for all equal ones."""
@@ -150,7 +150,7 @@ class Order(Pass):
 
     def _choose(
         self, network: Network, ways: Mapping[Candidate, Term], context: Context, branch: float
-    ) -> tuple[Choice, dict[Candidate, Term]]:
+    ) -> tuple[BatchPlans, dict[Candidate, Term]]:
         """The choice among some candidates, and the term as each of the chosen ones computes it."""
         left = [*ways]
         while True:
@@ -169,7 +169,7 @@ class _Plan:
 
     term: Term
     ways: Mapping[Candidate, Term]
-    choice: Choice
+    choice: BatchPlans
     ready: Mapping[Candidate, Term]
 
 
@@ -182,10 +182,6 @@ def _times(network: Network, plans: Sequence[_Plan], context: Context) -> list[f
         add = context.profile.multiply_time(1, elements, np.dtype(network.dtype).itemsize)
         found.append(sum(p.choice.plan_for(batch).times[k] for p in plans) + add * (len(plans) - 1))
     return found
-
-
-def _instead(new: Sequence[float], old: Sequence[float], context: Context) -> str:
-    return f"{microseconds(new[-1])} instead of {microseconds(old[-1])} at batch {context.batches[-1]}"
 
 
 @dataclass(frozen=True)

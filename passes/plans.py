@@ -77,6 +77,12 @@ def candidates(network: Network, term: Term, context: Context, limits: Limits) -
     return list(found)
 
 
+def fastest(network: Network, term: Term, context: Context, limits: Limits) -> tuple[float, ...]:
+    """The least predicted seconds of the `candidates` of a term, at each batch size."""
+    ways = candidates(network, term, context, limits)
+    return tuple(map(min, zip(*(way.seconds for way in ways), strict=True)))
+
+
 def estimate(network: Network, term: Term, context: Context) -> tuple[float, ...]:
     """Seconds of a good way to compute a term at each batch size, without the long search: for what asks often."""
     if all(dims.is_static(i.size) for i in (*term.indices.values(), *network.output.indices)):
@@ -203,14 +209,10 @@ def constant_parts(term: Term, tree: Tree) -> list[Tree]:
 
 def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]:
     """What decides a search: the shapes and roles of the tensors, not their names or numbers."""
-    number = {name: k for k, name in enumerate(term.indices)}
+    number = {name: k for k, name in enumerate(dict.fromkeys((*term.indices, *(w.out for w in term.windows))))}
     tensors = tuple((t.is_core, tuple((number[i.name], i.size) for i in t.indices)) for t in term.tensors)
-    output = tuple(tuple((number.get(i.name), i.size) for i in axis) for axis in network.output.axes)
-    name = network.output.name
-    places = {i.name: k for k, i in enumerate(network.output.indices)}
-    windows = tuple(
-        (number[w.axis], number[w.kernel], places[w.out], w.stride, w.dilation, w.padding) for w in term.windows
-    )
+    windows = tuple(w.form(number) for w in term.windows)
+    name, output = network.output.name, network.output.form(number)
     return tensors, output, windows, term.order, network.dtype, name in context.outputs, name in context.attended
 
 

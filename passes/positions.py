@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tncompile.errors import SourceRef
 from tncompile.ir import Array, Node, Opaque, Program, Ref, Tensor, Value
 from tncompile.ir.core import Arg
-from tncompile.ir.edit import fresh
+from tncompile.ir.edit import fresh, unique_cores
 
 EMBEDDING, INDEX, INDEX_SELECT = "aten.embedding.default", "aten.index.Tensor", "aten.index_select.default"
 FLOOR, REMAINDER = ("aten.floor_divide.default", "aten.floor_divide.Scalar"), "aten.remainder.Scalar"
@@ -102,6 +102,10 @@ class Writer:
         self._taken = {*self.values, *program.arrays}
         self._known: dict[object, str] = {}
         self._tables: dict[object, str] = {}
+
+    def program(self, program: Program, nodes: Sequence[Node]) -> Program:
+        """The program with other nodes, and the weights that they gather from."""
+        return unique_cores(replace(program, nodes=tuple(nodes), weights=self.weights))
 
     def name(self, wanted: str) -> str:
         """A name that nothing has yet."""

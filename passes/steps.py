@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
+from tncompile.ir import Index, Network, Node, Program, Tensor, Term, Value
 from tncompile.ir.edit import fresh
 from tncompile.passes.base import Change, Context, Pass
-from tncompile.passes.plans import Limits, candidates
-from tncompile.passes.stacks import SELECT
+from tncompile.passes.equals import selection, selections
+from tncompile.passes.explain import instead
+from tncompile.passes.plans import Limits, fastest
+from tncompile.passes.stacks import Part
+
+_FEW = Limits(max_trials=2, trees=1)
 
 
 @dataclass(frozen=True)
@@ -32,51 +36,44 @@ class Steps(Pass):
     """
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
-        nodes = {node.value.name: node for node in program.nodes}
+        parts = selections(program)
         groups: dict[object, list[_Use]] = {}
         for node in program.nodes:
             if isinstance(node, Network):
                 for number, term in enumerate(node.terms):
-                    use = _use(node, number, term, nodes)
-                    if use is not None:
-                        groups.setdefault(_key(node, term, use), []).append(use)
+                    if _is_applied(term) and (part := parts.get(term.operands[0].name)) is not None:
+                        use = _Use(node, number, term, part)
+                        groups.setdefault(_key(use), []).append(use)
         changes: list[Change] = []
         before: dict[str, list[Node]] = {}
         terms: dict[tuple[str, int], Term] = {}
         taken = {*program.values, *program.arrays}
         for uses in groups.values():
-            source = program.values[uses[0].source]
-            size = (source.shape or ())[uses[0].axis]
-            positions = {use.position for use in uses}
-            if not isinstance(size, int) or len(positions) < 2:
+            first = uses[0]
+            positions = {use.part.position for use in uses}
+            if len(positions) < 2:
                 continue
-            whole = _whole(uses[0], size, fresh(f"{uses[0].network.output.name}_steps", taken))
-            one = _seconds(replace(uses[0].network, terms=(uses[0].term,)), context)
-            once = _seconds(whole, context)
-            what = f"{len(uses[0].term.cores)} cores meet {len(positions)} slices of {source.name}"
-            if any(a > b * len(positions) for a, b in zip(once, one, strict=True)):
-                why = f"at once predicted {once[-1] * 1e6:,.3g} µs, one by one {one[-1] * len(positions) * 1e6:,.3g}"
-                changes.append(Change(uses[0].network.output.name, f"{what} one by one", why, declined=True))
+            whole = _whole(first, fresh(f"{first.network.output.name}_steps", taken))
+            one = fastest(replace(first.network, terms=(first.term,)), first.term, context, _FEW)
+            each = [seconds * len(positions) for seconds in one]
+            once = fastest(whole, whole.terms[0], context, _FEW)
+            what = f"{len(first.term.cores)} cores meet {len(positions)} slices of {first.part.value.name}"
+            why = f"predicted {instead(once, each, context)}"
+            if any(a > b for a, b in zip(once, each, strict=True)):
+                changes.append(Change(first.network.output.name, f"{what} at once", why, declined=True))
                 continue
             taken.add(whole.output.name)
-            before.setdefault(uses[0].network.output.name, []).append(whole)
+            before.setdefault(first.network.output.name, []).append(whole)
             for use in uses:
-                value = Value(fresh(f"{use.network.output.name}_step", taken), whole.dtype, whole.value.shape[1:])  # type: ignore[index]
-                taken.add(value.name)
-                args = (Ref(whole.output.name), 0, use.position)
-                select = Opaque(use.network.name, SELECT, args, (), value, use.network.source)
+                name = fresh(f"{use.network.output.name}_step", taken)
+                taken.add(name)
+                value = Value(name, whole.dtype, whole.output.shape[1:])
+                select = selection(value, whole.value, 0, use.part.position, use.network)
                 before.setdefault(use.network.output.name, []).append(select)
                 shown = tuple((i,) for i in _shown(use.network, use.term))
                 terms[use.network.output.name, use.number] = Term((Tensor(value.name, shown),))
-            why = f"predicted {once[-1] * 1e6:,.3g} µs, one by one {one[-1] * len(positions) * 1e6:,.3g}"
             changes.append(Change(whole.output.name, f"{what} at once", why))
         return replace(program, nodes=tuple(_rewritten(program.nodes, before, terms))), changes
-
-
-def _seconds(network: Network, context: Context) -> list[float]:
-    """Predicted seconds of a network of one term at each batch size."""
-    ways = candidates(network, network.terms[0], context, Limits(2, 1))
-    return [min(way.seconds[k] for way in ways) for k in range(len(context.batches))]
 
 
 def _rewritten(
@@ -96,28 +93,17 @@ def _rewritten(
 
 @dataclass(frozen=True)
 class _Use:
-    """A term whose one operand is a position along an axis of `source`."""
+    """A term of a network, by its number, whose one operand is `part` of another value."""
 
     network: Network
     number: int
     term: Term
-    source: str
-    axis: int
-    position: int
+    part: Part
 
 
-def _use(network: Network, number: int, term: Term, nodes: Mapping[str, Node]) -> _Use | None:
-    if term.windows or len(term.operands) != 1 or not any(core.indices for core in term.cores):
-        return None
-    node = nodes.get(term.operands[0].name)
-    if not isinstance(node, Opaque) or node.target != SELECT or node.kwargs or len(node.args) != 3:
-        return None
-    source, axis, position = node.args
-    if not isinstance(source, Ref) or not isinstance(axis, int) or not isinstance(position, int):
-        return None
-    if axis < 0 or position < 0:  # as traced: `stacks` counts from the front
-        return None
-    return _Use(network, number, term, source.name, axis, position)
+def _is_applied(term: Term) -> bool:
+    """Whether a term applies cores to one operand."""
+    return not term.windows and len(term.operands) == 1 and any(core.indices for core in term.cores)
 
 
 def _shown(network: Network, term: Term) -> list[Index]:
@@ -125,28 +111,26 @@ def _shown(network: Network, term: Term) -> list[Index]:
     return [i for i in network.output.indices if i.name in term.indices]
 
 
-def _key(network: Network, term: Term, use: _Use) -> object:
+def _key(use: _Use) -> object:
     """What a term computes from its slice, whatever its indices are called."""
-    number = {i.name: k for k, i in enumerate(_shown(network, term))}
-    for name in term.indices:
+    shown = _shown(use.network, use.term)
+    number = {i.name: k for k, i in enumerate(shown)}
+    for name in use.term.indices:
         number.setdefault(name, len(number))
 
-    def axes(tensor: Tensor) -> object:
-        return tuple(tuple((number[i.name], i.size) for i in axis) for axis in tensor.axes)
-
-    tensors = tuple((id(t.data), axes(t)) for t in term.tensors)
-    shown = tuple(i.size for i in _shown(network, term))
-    return use.source, use.axis, network.dtype, tensors, shown
+    tensors = tuple((id(t.data), t.form(number)) for t in use.term.tensors)
+    return use.part.value.name, use.part.axis, use.network.dtype, tensors, tuple(i.size for i in shown)
 
 
-def _whole(use: _Use, size: int, name: str) -> Network:
+def _whole(use: _Use, name: str) -> Network:
     """The network that applies a term's cores to all slices; the slices are the first axis of its value."""
-    step = Index(fresh("step", use.network.indices), size)
+    value, axis = use.part.value, use.part.axis
+    step = Index(fresh("step", use.network.indices), (value.shape or ())[axis])
 
     def whole(tensor: Tensor) -> Tensor:
         if tensor.is_core:
             return tensor
-        return Tensor(use.source, (*tensor.axes[: use.axis], (step,), *tensor.axes[use.axis :]))
+        return Tensor(value.name, (*tensor.axes[:axis], (step,), *tensor.axes[axis:]))
 
     term = replace(use.term, tensors=tuple(map(whole, use.term.tensors)))
     axes = ((step,), *((i,) for i in _shown(use.network, use.term)))

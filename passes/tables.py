@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,9 +14,10 @@ import numpy as np
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term
 from tncompile.ir.core import left_to_right
-from tncompile.ir.edit import fresh, merge_groups, unique_cores
+from tncompile.ir.edit import fresh, merge_groups
 from tncompile.passes.base import Change, Context, Pass
-from tncompile.passes.plans import Limits, candidates
+from tncompile.passes.explain import instead
+from tncompile.passes.plans import Limits, fastest
 from tncompile.passes.positions import EMBEDDING, Position, Writer, read
 
 Groups = frozenset[tuple[int, ...]]
@@ -23,6 +25,7 @@ Groups = frozenset[tuple[int, ...]]
 
 _DIVISION = 4e-9
 """Seconds for one integer division by a constant; a remainder takes as long."""
+_FEW = Limits(max_trials=2, trees=1)
 
 
 @dataclass(frozen=True)
@@ -58,21 +61,22 @@ class Tables(Pass):
         changes: list[Change] = []
         known = {node.value.name: node for node in program.nodes}
         writer = Writer(program)
-        nodes: list[Node] = []
-        for node in program.nodes:
-            if isinstance(node, Network):
-                terms = []
-                for term in node.terms:
-                    rows = _rows(node, term, program, known)
-                    if rows is not None:
-                        added, term = self._merge(rows, context, writer, changes)
-                        nodes += added
-                    terms.append(term)
-                node = replace(node, terms=tuple(terms))
-            nodes.append(node)
+        readers = _readers(program)
+
+        def merged(network: Network) -> Iterator[Node]:
+            terms = []
+            for term in network.terms:
+                rows = _rows(network, term, program, known, readers)
+                if rows is not None:
+                    added, term = self._merge(rows, context, writer, changes)
+                    yield from added
+                terms.append(term)
+            yield replace(network, terms=tuple(terms))
+
+        nodes = [new for node in program.nodes for new in (merged(node) if isinstance(node, Network) else (node,))]
         if len(nodes) == len(program.nodes):
             return program, changes
-        return unique_cores(replace(program, nodes=tuple(nodes), weights=writer.weights)), changes
+        return writer.program(program, nodes), changes
 
     def _merge(
         self, rows: _Rows, context: Context, writer: Writer, changes: list[Change]
@@ -105,11 +109,8 @@ class Tables(Pass):
         if result is None:
             return (), rows.term
         after = rows.seconds(best, context) or before
-        size = context.batches[-1]
-        why = (
-            f"predicted {after[-1] * 1e6:,.3g} µs at batch {size} instead of {before[-1] * 1e6:,.3g}, "
-            f"{rows.elements(best):,} numbers instead of {rows.elements(start):,}"
-        )
+        numbers = f"{rows.elements(best):,} numbers instead of {rows.elements(start):,}"
+        why = f"predicted {instead(after, before, context)}, {numbers}"
         changes.append(Change(rows.network.output.name, what, why, details=details))
         return result
 
@@ -204,8 +205,7 @@ class _Rows:
         network = replace(self.network, terms=(term,))
         total = [0.0] * len(context.batches)
         if len(term.tensors) > 1:
-            found = candidates(network, term, context, Limits(2, 1))
-            total = [min(way.seconds[k] for way in found) for k in range(len(context.batches))]
+            total = [*fastest(network, term, context, _FEW)]
         itemsize = np.dtype(self.network.dtype).itemsize
         for k, batch in enumerate(context.batches):
             sizes = context.index_sizes(self.network, batch)
@@ -258,14 +258,21 @@ def _positions(modes: Sequence[tuple[str, tuple[Position, int]]]) -> list[Positi
     return [position for position, _ in found]
 
 
-def _rows(network: Network, term: Term, program: Program, nodes: Mapping[str, Node]) -> _Rows | None:
+def _readers(program: Program) -> Counter[int]:
+    """How often each array is read, by its `id`: as a core, or by an opaque node."""
+    cores = (core.data for network in program.networks for core in network.cores)
+    weights = (program.weights.get(n) for node in program.nodes if isinstance(node, Opaque) for n in node.inputs)
+    return Counter(id(array) for array in (*cores, *weights))
+
+
+def _rows(
+    network: Network, term: Term, program: Program, nodes: Mapping[str, Node], readers: Mapping[int, int]
+) -> _Rows | None:
     """A term as one of tables and cores; None where it reads no rows."""
     if term.windows:
         return None
     tensors, tables = list(term.tensors), dict[int, _Table]()
     taken = {*network.indices}
-    everywhere = [c.data for n in program.networks for c in n.cores]
-    everywhere += [program.weights.get(n) for node in program.nodes if isinstance(node, Opaque) for n in node.inputs]
     for position, tensor in enumerate(term.tensors):
         node = nodes.get(tensor.name)
         if tensor.is_core or not isinstance(node, Opaque) or node.target != EMBEDDING:
@@ -276,7 +283,7 @@ def _rows(network: Network, term: Term, program: Program, nodes: Mapping[str, No
         # an index in several axes of the rows is a diagonal, and rows that others read too are gathered anyway
         if array is None or array.ndim != 2 or program.uses[tensor.name] > 1 or len({*names}) < len(names):
             continue
-        if sum(array is other for other in everywhere) > 1:
+        if readers[id(array)] > 1:
             continue  # it stays in the file for others
         assert isinstance(weight, Ref)
         assert isinstance(ids, Ref)

@@ -14,7 +14,7 @@ from tncompile.cost.training import TrainingCost, cheapest_tree
 from tncompile.ir import Network, Node, Program, Switch, Term, Tree, dims
 from tncompile.ir.core import networks_of
 from tncompile.passes.base import Change, Context, Pass
-from tncompile.passes.choice import Choice, choose
+from tncompile.passes.choice import BatchPlans, choose
 from tncompile.passes.plans import DENSE, TRACED, Candidate, label_of
 
 _BRANCH = 1e-6
@@ -100,9 +100,9 @@ def _ordered(
     return Switch("batch", limits, cases) if limits else cases[0]
 
 
-def _choose(network: Network, term: Term, context: Context, trained: Collection[str], dynamic: bool) -> Choice:
+def _choose(network: Network, term: Term, context: Context, trained: Collection[str], dynamic: bool) -> BatchPlans:
     if len(term.tensors) < 3:
-        return Choice((Candidate(TRACED, term.order, (), (0.0,) * len(context.batches)),))
+        return BatchPlans((Candidate(TRACED, term.order, (), (0.0,) * len(context.batches)),))
     sizes = [context.index_sizes(network, batch) for batch in context.batches]
     costs = [training_cost(network, term, s, trained, context.profile) for s in sizes]
     trees: dict[Tree, str] = {term.order: TRACED}

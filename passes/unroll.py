@@ -20,19 +20,17 @@ def unrolled(network: Network, term: Term) -> Term | None:
 
     For an image of few places the zeros that are multiplied cost less than what a convolution needs to begin with.
     """
-    sizes = {i.name: i.size for i in (*term.indices.values(), *network.output.indices)}
-    slid = {name for w in term.windows for name in (w.axis, w.kernel, w.out)}
+    indices = {**term.indices, **{i.name: i for i in network.output.indices}}
+    slid = {name for w in term.windows for name in w.names}
     on_cores = {i.name for core in term.cores for i in core.indices} | slid
     outside = {i.name for t in (network.output, *term.operands) for i in t.indices}
-    weight = [sizes[name] for name in sorted(on_cores & outside)]
+    weight = [indices[name].size for name in sorted(on_cores & outside)]
     if not term.windows or not all(isinstance(n, int) for n in weight) or math.prod(map(int, weight)) > LARGEST:
         return None
-    places = {name: int(sizes[name]) for name in slid}
+    places = {name: int(indices[name].size) for name in slid}
     tensors, order = list(term.tensors), term.order
     for number, w in enumerate(term.windows):
-        indices = [i for i in (*term.indices.values(), *network.output.indices) if i.name in (w.axis, w.kernel, w.out)]
-        by_name = {i.name: i for i in indices}
-        axes = tuple((by_name[name],) for name in (w.axis, w.kernel, w.out))
+        axes = tuple((indices[name],) for name in w.names)
         data = pattern(w, places).astype(network.dtype)
         tensors.append(Tensor(f"{network.output.name}.window_{number}", axes, data))
         order = (order, len(tensors) - 1)

@@ -7,6 +7,7 @@ What asks for terabytes, or for minutes, is then a note and not the end of this 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from tncompile.ir import Array
+
+_KILLED = 9
+"""SIGKILL, which not every system has a name for: what Linux sends where memory is out."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,27 @@ def probe(model: Path, arrays: Mapping[str, Array], limits: Limits, *, device: s
     if done.returncode == 0:
         ms, memory = json.loads(done.stdout.splitlines()[-1])
         return Probe(ms, memory)
-    if done.returncode < 0 or "alloc" in done.stderr or "MemoryError" in done.stderr:
-        return Probe(None, note=f"> {limits.gigabytes} GB")
-    return Probe(None, note=f"fails: {_reason(done.stderr)}")
+    return Probe(None, note=_note(done.returncode, done.stderr, limits.gigabytes))
+
+
+def _note(code: int, stderr: str, gigabytes: int) -> str:
+    """Why a process ended with an exit code other than 0; a negative one is that of a signal.
+
+    What may take no more memory says so before it ends, or is killed by the system. Any other signal is a crash.
+    """
+    if code == -_KILLED or "alloc" in stderr or "MemoryError" in stderr:
+        return f"> {gigabytes} GB"
+    if code < 0:
+        return f"crashes: {_signal(-code)}"
+    return f"fails: {_reason(stderr)}"
+
+
+def _signal(number: int) -> str:
+    """``SIGSEGV``, or ``signal 34`` of those that have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _reason(stderr: str) -> str:

@@ -14,6 +14,7 @@ from tncompile.cost.search import einsum_path
 from tncompile.errors import CheckError, LoadError, SourceRef
 from tncompile.frontend.onnx.importer import OnnxModel, layer_of
 from tncompile.ir import Array
+from tncompile.runtime.accuracy import relative_error
 from tncompile.runtime.session import Session
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
@@ -158,8 +159,6 @@ def _wide(array: Array) -> Array:
 
 
 def _close(plain: Sequence[Array], wide: Sequence[Array]) -> bool:
-    from tncompile.runtime.check import relative_error
-
     return len(plain) == len(wide) and all(
         a.shape == b.shape and relative_error(a, b) <= PLAUSIBLE.get(str(a.dtype), 0.0)
         for a, b in zip(plain, wide, strict=True)

@@ -23,7 +23,7 @@ from tncompile.emit.onnxfile import EXTERNAL_FROM
 from tncompile.errors import TNCompileError
 from tncompile.frontend.trace import whole_einsums
 from tncompile.ir import Array
-from tncompile.runtime.check import relative_error
+from tncompile.runtime.accuracy import relative_error
 from tncompile.runtime.session import Session
 
 

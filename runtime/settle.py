@@ -12,8 +12,8 @@ import numpy as np
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.runtime import rivals
-from tncompile.runtime.check import random_inputs
 from tncompile.runtime.device import providers
+from tncompile.runtime.inputs import random_inputs
 from tncompile.runtime.probe import Limits, probe
 from tncompile.runtime.session import Session
 from tncompile.runtime.timing import race

@@ -23,9 +23,12 @@ from tncompile.emit.file import Written
 from tncompile.emit.onnxfile import OnnxFile
 from tncompile.errors import CheckError, TNCompileError
 from tncompile.passes import DEFAULT, Context, Pass
-from tncompile.runtime import check as check_module
-from tncompile.runtime.check import FACTOR, OutputCheck, check, random_inputs, relative_error, run_traced
+from tncompile.runtime import traced as traced_module
+from tncompile.runtime.accuracy import FACTOR, OutputCheck, relative_error
+from tncompile.runtime.check import check
+from tncompile.runtime.inputs import random_inputs
 from tncompile.runtime.session import Session
+from tncompile.runtime.traced import run_traced
 
 # ------------------------------------------------------------------------ relative_error
 
@@ -183,7 +186,7 @@ def test_where_eager_is_no_number_the_bound_is_that_of_the_dtype(
     def overflows(traced: Any, feeds: Any, dtype: Any) -> Any:
         return [y if dtype else y * np.float32(np.nan) for y in run_traced(traced, feeds, dtype)]
 
-    monkeypatch.setattr(check_module, "run_traced", overflows)
+    monkeypatch.setattr(traced_module, "run_traced", overflows)
     (output,) = check(Session(compiled.onnx), compiled.traced).outputs
     assert output.passed and math.isnan(output.eager) and 0 < output.bound < 1e-5
     assert not check(Session(tampered(compiled.onnx)), compiled.traced).passed

@@ -23,8 +23,8 @@ from tncompile.errors import LoadError, OutputError, TNCompileError
 from tncompile.frontend.files.exported import load_exported
 from tncompile.frontend.mapped import release_pages
 from tncompile.runtime import stored
-from tncompile.runtime.check import run_traced
 from tncompile.runtime.files import write_files
+from tncompile.runtime.traced import run_traced
 
 WIDTH = 512  # its weights are large enough to be written lazily
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -110,6 +114,29 @@ def test_probe_tells_why_not(plain: Path) -> None:
     assert wrong.ms is None and wrong.note.startswith("fails: ")
     late = probe(plain, {"x": np.zeros((5, 3, 2, 2), np.float32)}, Limits(first_call_s=0.01))
     assert late.ms is None and late.note == "> 0.01 s"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_probe_tells_a_crash_from_memory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the signal that the process ends with, or by what it says before."""
+    run = subprocess.run
+
+    def ending(code: str) -> Callable[..., Any]:
+        return lambda command, **options: run([sys.executable, "-c", code], **options)
+
+    arrays = {"x": np.zeros((5, 3, 2, 2), np.float32)}
+    kill = "import os, signal, sys; {0}; os.kill(os.getpid(), signal.{1})"
+    aborted = "print('terminate: std::bad_alloc', file=sys.stderr, flush=True)"
+    for code, note in (
+        (kill.format("0", "SIGSEGV"), "crashes: SIGSEGV"),
+        (kill.format("0", "SIGABRT"), "crashes: SIGABRT"),
+        (kill.format(aborted, "SIGABRT"), "> 8 GB"),
+        (kill.format("0", "SIGKILL"), "> 8 GB"),
+        ("raise MemoryError", "> 8 GB"),
+        ("raise ValueError('no such thing')", "fails: ValueError: no such thing"),
+    ):
+        monkeypatch.setattr(subprocess, "run", ending(code))
+        assert probe(plain, arrays, Limits()).note == note
 
 
 def test_time_limit() -> None:

@@ -18,7 +18,7 @@ from tncompile import compiler
 from tncompile.emit.file import Written, write
 from tncompile.emit.onnxfile import OnnxFile, pack
 from tncompile.emit.program import to_onnx
-from tncompile.emit.store import affordable, choices, store_as_cores
+from tncompile.emit.store import affordable, foldable, store_as_cores
 from tncompile.errors import TNCompileError
 from tncompile.frontend.importer import TracedModel
 from tncompile.ir import Network, Program
@@ -134,7 +134,7 @@ def test_folds_stay_outside_of_branches(tmp_path: Path) -> None:
     out.name = "out"
 
     expected = session_of(pack(model).data)
-    store_as_cores(model, choices(model))
+    store_as_cores(model, foldable(model))
     data = pack(model).data
     after_load = optimized(data, tmp_path).graph
     assert [n.op_type for n in after_load.node] == ["Shape", "Less", "If"]
@@ -149,7 +149,7 @@ def test_folds_stay_outside_of_branches(tmp_path: Path) -> None:
 
 def test_auto_stops_at_the_limit() -> None:
     program = folded_program(layers=(("x", "y", "a", "b"), ("y", "z", "c", "d")))
-    found = choices(to_onnx(program, traced(program)))
+    found = foldable(to_onnx(program, traced(program)))
     assert len(found) == 2 and all(c.seconds > 0 and c.saved > 8e5 for c in found)
     assert affordable(found, 1.5 * found[0].seconds) == found[:1]
     assert affordable(found, 0.0) == []

@@ -270,6 +270,22 @@ COMPLEX: dict[str, tuple[Callable[..., Any], dict[str, Any], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z, x: z.sum().abs() + x.sum(1),
+        lambda z, x: z.mean().real + z.mean(-1).imag,
+        lambda z, x: z.sum(dim=[]).imag * x.sum(1),
+        lambda z, x: torch.mean(z, dim=(), keepdim=True).abs()[0] + x.sum(1),
+        lambda z, x: z.sum((0, 1)).sum().abs() + x.sum(1),
+        lambda z, x: torch.sum(x, -1, dtype=torch.complex64).real,
+    ],
+)
+def test_sums_of_complex_numbers(function: Callable[..., Any]) -> None:
+    """Over no axis is over all; never over real and imaginary parts."""
+    assert_same(Model(lambda m, x: function(torch.complex(x, x * m.c + 1), x), c=torch.randn(8)), (X,))
+
+
 @pytest.mark.parametrize("case", COMPLEX)
 def test_complex_numbers_inside(case: str) -> None:
     function, parts, x = COMPLEX[case]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tncompile import __version__
-from tncompile.cost.devices import Choice, choose
+from tncompile.cost.devices import ChosenProfile, choose
 from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, LoadError, TNCompileError, UnsupportedError
@@ -28,7 +28,8 @@ from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
 from tncompile.ir import Array, Opaque, Program, Switch
 from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
-from tncompile.runtime.check import CheckReport, check
+from tncompile.runtime.accuracy import CheckReport
+from tncompile.runtime.check import check
 from tncompile.runtime.device import DEVICES
 from tncompile.runtime.files import check_writable, write_file
 from tncompile.runtime.session import Session
@@ -191,7 +192,7 @@ def compile_exported(
     watch = _Watch(seconds)
     if device not in DEVICES:
         raise TNCompileError(f"no device {device!r}; choose from {', '.join(DEVICES)}")
-    plan_for = Choice(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
+    plan_for = ChosenProfile(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
     timer = None if tune is None else Tuner(tune, device)
     progress("importing the graph")
     traced = exported if isinstance(exported, OnnxModel) else import_exported(exported)
@@ -241,6 +242,7 @@ def compile_exported(
         views=views,
         opaque=sum(isinstance(n, Opaque) and n.output.dtype != "scalar" for n in program.nodes),
         batches=context.batches,
+        sizes={name: size for name, size in context.sizes.items() if name != "batch"},
         dynamic="batch" in traced.sizes,
         version=__version__,
         device=plan_for.profile.device,

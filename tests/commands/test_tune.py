@@ -72,6 +72,25 @@ def test_tune_refuses(
         assert stop.value.code == 2
 
 
+def test_tune_keeps_the_profile_of_another_kind_of_device(
+    fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TNCOMPILE_PROFILE names one file, whatever is measured."""
+    path = tmp_path / "mine.json"
+    monkeypatch.setenv(devices.VARIABLE, str(path))
+    assert main(["tune", "--device"]) == 0
+    assert main(["tune", "--device"]) == 0
+    before = path.read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(measure, "available_providers", lambda: ["CUDAExecutionProvider"])
+    assert main(["tune", "--device", "cuda"]) == 1
+    said = capsys.readouterr().err
+    assert f"{path}: is a profile of cpu" in said and "--output" in said and devices.VARIABLE in said
+    assert path.read_bytes() == before
+    monkeypatch.delenv(devices.VARIABLE)
+    assert main(["tune", "--device", "cuda", "--output", str(path)]) == 0
+
+
 def test_every_primitive_runs() -> None:
     points = [(name, grid.points()[len(grid.points()) // 3]) for name, grid in measure.GRIDS.items()]
     primitives = [PRIMITIVES[name](*point) for name, point in points] + [core_left(2, 3, 4, 5)]

@@ -131,7 +131,7 @@ def test_a_file_that_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_which_profile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "stored_path", lambda device="cpu": tmp_path / "stored.json")
     monkeypatch.delenv(devices.VARIABLE)
-    assert devices.choose() == devices.Choice(PROFILES[0], devices.choose().origin)
+    assert devices.choose() == devices.ChosenProfile(PROFILES[0], devices.choose().origin)
     assert "shipped default" in devices.choose().origin
     for name in ("stored", "variable", "option"):
         (tmp_path / f"{name}.json").write_text(replace(PROFILES[0], device=name).to_json())

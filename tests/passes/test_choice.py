@@ -16,7 +16,7 @@ from tncompile.cost.datasheet import from_datasheet
 from tncompile.cost.profile import DeviceProfile
 from tncompile.ir import Network, Program, Switch, text
 from tncompile.passes import Change, Context, Order
-from tncompile.passes.choice import MAX_SWITCHED, PLAN_PENALTY, Choice, choose, crossing
+from tncompile.passes.choice import MAX_SWITCHED, PLAN_PENALTY, BatchPlans, choose, crossing
 from tncompile.passes.plans import DENSE, Candidate, cost_of
 
 NEVER = math.inf
@@ -142,7 +142,7 @@ def test_crossing_finds_where_lines_meet(low: int, width: int, place: float, ste
 
 def test_a_choice_serves_every_size() -> None:
     a, b, c = (way(name, 1.0) for name in "abc")
-    choice = Choice((a, b, c), (4, 9))
+    choice = BatchPlans((a, b, c), (4, 9))
     assert [choice.plan_for(n) for n in (1, 4, 5, 9, 10, None)] == [a, a, b, b, c, c]
 
 

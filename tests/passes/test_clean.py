@@ -28,6 +28,24 @@ def test_two_draws_are_not_one() -> None:
         assert (target, len(after.nodes), len(changes)) == (target, nodes, 3 - nodes)
 
 
+def test_what_nothing_reads_is_told() -> None:
+    """Operations that are not linear in one line, of a loop there may be hundreds."""
+    read = ["x", "d0", "d1", "d2", "d3"]
+    dead = "".join(f"  opaque d{k}: float32[batch, 4] = aten.relu.default(%{x})\n" for k, x in enumerate(read))
+    text = f"""
+program
+  input x: float32[batch, 4]
+  opaque y: float32[batch, 4] = aten.relu.default(%x)
+{dead}  opaque z: float32[batch, 4] = aten.tanh.default(%y)
+  output y = y
+"""
+    after, changes = Clean().run(program_of(text), Context())
+    assert [n.value.name for n in after.nodes] == ["y"]
+    # the first of the dead is y once more
+    assert [str(c) for c in changes][-1] == "d1: dropped d1, d2, d3 and 2 more (nothing reads them)"
+    assert changes[-1].details["values"] == ["d1", "d2", "d3", "d4", "z"]
+
+
 def test_arguments_that_are_equal_in_python_but_not_to_torch() -> None:
     """1, 1.0 and True are three arguments."""
     text = """

@@ -38,6 +38,13 @@ def test_many_layers_are_one_network() -> None:
     assert reasons(changes)[0] == "h5: 6 operations are one network (nothing nonlinear between them)"
 
 
+def test_a_bias_of_zeros_goes_with_a_word() -> None:
+    text = layers(1, bias="bias")
+    after, changes = apply_pass(Fold(), program_of(text, **{"fc0.bias": 0.0}), tolerance=0)
+    assert not [t for n in after.networks for t in n.terms if t.is_constant]
+    assert reasons(changes) == ["h0: dropped fc0.bias (it is 0 everywhere)"]
+
+
 def test_the_folded_bias_is_right() -> None:
     """All biases through all layers behind them, by numpy."""
     program = program_of(layers(3, bias="bias"))

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
-import tncompile
+import tncompile.compiler
 from tests.robustness.killed import model
 from tncompile.cli import main
 from tncompile.commands import tune
@@ -212,6 +214,25 @@ def test_paths_that_cannot_be_written(
     with pytest.raises(OutputError, match="is not writable; write to another one"):
         check_writable(tmp_path / "out.onnx")
     assert main(["bench", str(source), "--json", str(source)]) == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("taken", ["out.onnx", "out.onnx.data", "report.json", "out.b1.onnx.data"])
+def test_no_part_of_the_model_is_written_over(
+    taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard of weights where any file would be written: told before any work."""
+    shard = tmp_path / taken
+    save_file({"weight": np.ones((3, 2), np.float32)}, shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"weight": taken}}))
+    before = contents(tmp_path)
+    monkeypatch.setattr(tncompile.compiler, "compile_file", lambda *_, **__: pytest.fail("was compiled"))
+    device = ["--device", "cuda"] if ".b1." in taken else []
+    for source in (index, tmp_path):
+        flags = ["-o", str(tmp_path / "out.onnx"), "--report", str(tmp_path / "report.json"), "-q", *device]
+        assert main([str(source), "--model", "torch.nn:Identity", *flags]) == 1
+        assert f"{shard}: is the model itself" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 

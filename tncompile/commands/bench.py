@@ -152,7 +152,7 @@ def _inputs_of(traced: ImportedModel, exported: LoadedModel) -> Callable[[int | 
     import torch
 
     from tncompile.frontend.onnx.importer import OnnxModel
-    from tncompile.runtime.check import random_inputs
+    from tncompile.runtime.inputs import random_inputs
     from tncompile.runtime.rivals import Inputs
 
     def arrays_at(batch: int | None) -> dict[str, Array]:

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         return from_compile(options)
     model, output = Path(options.model), Path(options.output)
     report = None if options.report is None else Path(options.report)
-    check_paths(model, output, report)
+    check_paths(model, _outputs(options), report)
     passes(options)  # wrong ones are told before any work
     from tncompile.frontend.load import detect
 
@@ -121,7 +121,6 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
     from tncompile import compiler
     from tncompile.passes import DEFAULT
 
-    each = options.device == "cuda" and len(options.batch) > 1
     return [
         compiler.compile_file(
             options.model,
@@ -140,7 +139,7 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
             examples=[load_example(path) for path in options.example],
             progress=progress,
         )
-        for batch in (options.batch if each else [options.batch])
+        for batch in (options.batch if _is_one_for_each_batch(options) else [options.batch])
     ]
 
 
@@ -148,4 +147,18 @@ def _files(output: Path, models: list[CompiledModel]) -> dict[Path, CompiledMode
     """Where each model goes: to `output` where all are the same, else to ``OUT.b32.onnx`` for batch 32."""
     if len({model.stored.file.message for model in models}) == 1:  # it names all cores, plans and sizes
         return {output: models[0]}
-    return {output.with_name(f"{output.stem}.b{m.report.batches[0]}{output.suffix}"): m for m in models}
+    return {_at_batch(output, model.report.batches[0]): model for model in models}
+
+
+def _is_one_for_each_batch(options: argparse.Namespace) -> bool:
+    return options.device == "cuda" and len(options.batch) > 1
+
+
+def _at_batch(output: Path, batch: int) -> Path:
+    return output.with_name(f"{output.stem}.b{batch}{output.suffix}")
+
+
+def _outputs(options: argparse.Namespace) -> list[Path]:
+    """Every model file that may be written."""
+    output = Path(options.output)
+    return [output, *(_at_batch(output, batch) for batch in options.batch if _is_one_for_each_batch(options))]

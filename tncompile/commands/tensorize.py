@@ -64,7 +64,7 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
     """As `run`; `compiling` are further options of `compile_exported`."""
     model, output = Path(options.model), Path(options.output)
     report = None if options.report is None else Path(options.report)
-    check_paths(model, output, report)
+    check_paths(model, [output], report)
     checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
     if checkpoint is not None:
         check_writable(checkpoint)

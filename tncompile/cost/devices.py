@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -13,14 +14,14 @@ from pathlib import Path
 
 from tncompile.cost.datasheet import from_datasheet
 from tncompile.cost.profile import DeviceProfile
-from tncompile.errors import LoadError
+from tncompile.errors import LoadError, OutputError
 
 VARIABLE = "TNCOMPILE_PROFILE"
 DEFAULT = "default"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenProfile:
     """A profile and, in words, where it comes from."""
 
     profile: DeviceProfile
@@ -35,7 +36,7 @@ def default_profile(device: str = "cpu") -> DeviceProfile:
     return DeviceProfile.from_json((files("tncompile.cost") / "profiles" / f"{device}.json").read_text("utf-8"))
 
 
-def choose(choice: str | None = None, device: str = "cpu") -> Choice:
+def choose(choice: str | None = None, device: str = "cpu") -> ChosenProfile:
     """The profile to plan with.
 
     `choice` is a file or ``default``; without, the environment variable TNCOMPILE_PROFILE says the same; without
@@ -44,19 +45,23 @@ def choose(choice: str | None = None, device: str = "cpu") -> Choice:
     """
     chosen = choice or os.environ.get(VARIABLE)
     if chosen == DEFAULT:
-        return Choice(default_profile(device), "shipped default")
+        return ChosenProfile(default_profile(device), "shipped default")
     if chosen:
         profile = load(Path(chosen))
-        if not profile.device.startswith(device) and profile.device.startswith(("cpu", "cuda")):
+        if _is_of_another(profile, device):
             raise LoadError(f"{chosen}: is a profile of {profile.device}, not of {device}")
-        return Choice(profile, f"{chosen}")
+        return ChosenProfile(profile, f"{chosen}")
     path = stored_path(device)
     if not path.exists():
-        return Choice(default_profile(device), "shipped default; `tncompile tune --device` measures this machine")
+        return ChosenProfile(
+            default_profile(device), "shipped default; `tncompile tune --device` measures this machine"
+        )
     try:
-        return Choice(load(path), f"measured on this machine, {path}")
+        return ChosenProfile(load(path), f"measured on this machine, {path}")
     except LoadError as error:
-        return Choice(default_profile(device), f"shipped default, as the stored profile cannot be used ({error})")
+        return ChosenProfile(
+            default_profile(device), f"shipped default, as the stored profile cannot be used ({error})"
+        )
 
 
 def load(path: Path) -> DeviceProfile:
@@ -72,9 +77,27 @@ def load(path: Path) -> DeviceProfile:
 
 
 def output_path(device: str = "cpu") -> Path:
-    """Where a measured profile is to be written: the file that `choose` will read."""
+    """Where a measured profile is to be written: the file that `choose` will read.
+
+    OutputError where that is a profile of another kind of device.
+    """
     chosen = os.environ.get(VARIABLE)
-    return Path(chosen) if chosen and chosen != DEFAULT else stored_path(device)
+    if not chosen or chosen == DEFAULT:
+        return stored_path(device)
+    path = Path(chosen)
+    with contextlib.suppress(LoadError):  # none yet, or of no use
+        present = load(path)
+        if _is_of_another(present, device):
+            raise OutputError(
+                f"{path}: is a profile of {present.device}, which one of {device} must not overwrite; choose another "
+                f"place with --output, or unset {VARIABLE}"
+            )
+    return path
+
+
+def _is_of_another(profile: DeviceProfile, device: str) -> bool:
+    """Whether a profile is of the other kind of device; those made by hand may be called anything."""
+    return not profile.device.startswith(device) and profile.device.startswith(("cpu", "cuda"))
 
 
 def stored_path(device: str = "cpu") -> Path:

@@ -12,7 +12,7 @@ import onnx_ir
 from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.onnxfile import OnnxFile, pack, packed_size
 from tncompile.emit.program import to_onnx
-from tncompile.emit.store import LOAD_LIMIT, affordable, choices, store_as_cores
+from tncompile.emit.store import LOAD_LIMIT, affordable, foldable, store_as_cores
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
@@ -76,7 +76,7 @@ def write(program: Program, traced: ImportedModel, store: Store = "auto", extern
     model = to_onnx(program, traced)
     strict = not isinstance(traced, OnnxModel)  # a stranger's shapes need not be those that onnx infers
     folded = file = pack(model, external_data, strict)
-    found = choices(model)
+    found = foldable(model)
     chosen = {"folded": [], "cores": found, "auto": affordable(found)}[store]
     if chosen:
         store_as_cores(model, chosen)

@@ -29,7 +29,7 @@ _WORTH = 4096  # bytes a fold must save: its own nodes and names take about 1 kB
 
 
 @dataclass(frozen=True)
-class Choice:
+class Foldable:
     """One folded core that could be stored as its parts.
 
     `values` are the initializers that hold it, one for each arrangement; `saved` the bytes that its parts are
@@ -42,7 +42,7 @@ class Choice:
     seconds: float
 
 
-def choices(model: onnx.Model) -> list[Choice]:
+def foldable(model: onnx.Model) -> list[Foldable]:
     """The folded cores of a model whose parts are smaller, those first that save most for their time."""
     found: dict[int, tuple[Tensor, list[onnx.Value]]] = {}
     for value in model.graph.initializers.values():
@@ -54,26 +54,26 @@ def choices(model: onnx.Model) -> list[Choice]:
         assert core.recipe is not None and core.data is not None
         saved = len(values) * core.data.nbytes - core.recipe.elements * core.data.itemsize
         if saved > _WORTH * len(values):
-            result.append(Choice(core, tuple(values), saved, len(values) * _seconds(core)))
+            result.append(Foldable(core, tuple(values), saved, len(values) * _seconds(core)))
     return sorted(result, key=lambda c: c.seconds / c.saved)
 
 
-def affordable(found: Sequence[Choice], limit: float = LOAD_LIMIT) -> list[Choice]:
-    """As many choices, from the first on, as may be folded within `limit` seconds."""
-    taken: list[Choice] = []
-    for choice in found:
-        if sum(c.seconds for c in taken) + choice.seconds <= limit:
-            taken.append(choice)
+def affordable(found: Sequence[Foldable], limit: float = LOAD_LIMIT) -> list[Foldable]:
+    """As many of them, from the first on, as may be folded within `limit` seconds."""
+    taken: list[Foldable] = []
+    for core in found:
+        if sum(c.seconds for c in taken) + core.seconds <= limit:
+            taken.append(core)
     return taken
 
 
-def store_as_cores(model: onnx.Model, chosen: Iterable[Choice]) -> None:
-    """Replace the initializers of some choices by their parts and the nodes that contract those. Edits the model."""
+def store_as_cores(model: onnx.Model, chosen: Iterable[Foldable]) -> None:
+    """Replace the initializers of some cores by their parts and the nodes that contract those. Edits the model."""
     chosen = list(chosen)
     graph = model.graph
     writer = _Writer(model, [part for c in chosen for part in _parts(c.core)])
-    for choice in chosen:
-        for value in choice.values:
+    for core in chosen:
+        for value in core.values:
             result = writer.fold(value)
             onnx.convenience.replace_all_uses_with(value, result, replace_graph_outputs=True)
             graph.initializers.pop(str(value.name))

@@ -58,6 +58,26 @@ def load(path: str | os.PathLike[str], options: LoadOptions | None = None) -> Lo
         raise type(error)(f"{path}: {error}") from error
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that a model consists of, those that `path` names among them; some may be missing.
+
+    LoadError where `path` itself cannot be read.
+    """
+    kind = detect(path)
+    if kind == "directory":
+        path = _in_folder(path)
+        kind = detect(path)
+    if kind == "index":
+        from tncompile.frontend.files.index import shards
+
+        return [path, *shards(path)]
+    if kind == "ONNX":
+        from tncompile.frontend.onnx.load import external_files
+
+        return [path, *external_files(path)]
+    return [path]
+
+
 # ------------------------------------------------------------------------------- kinds of files
 
 
@@ -189,4 +209,4 @@ def _refusal(kind: str) -> str:
     }.get(kind, f"not a model that tncompile can read; in PyTorch, {SAVE}")
 
 
-__all__ = ["LoadOptions", "detect", "load"]
+__all__ = ["LoadOptions", "detect", "files_of", "load"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ Equation = algebra.Equation[torch.fx.Node]
 Reshape = algebra.Reshape[torch.fx.Node]
 Translation = Equation | Reshape
 Translator = Callable[..., Translation]
+T = TypeVar("T", bound=Translator)
 _TRANSLATORS: dict[str, Translator] = {}
 
 # evaluates a node that depends on weights alone
@@ -65,8 +66,8 @@ class Context:
     is_constant: Callable[[Any], bool]
 
 
-def _register(*names: str) -> Callable[[Translator], Translator]:
-    def add(function: Translator) -> Translator:
+def _register(*names: str) -> Callable[[T], T]:
+    def add(function: T) -> T:
         for name in names:
             _TRANSLATORS[f"aten.{name}"] = function
         return function
@@ -399,7 +400,7 @@ def _convolution(
 ) -> Equation:
     if transposed:
         raise NotMultilinear("a transposed convolution")
-    return _conv(c, x, weight, bias, stride, padding, dilation, groups)  # type: ignore[return-value]
+    return _conv(c, x, weight, bias, stride, padding, dilation, groups)
 
 
 def _each(values: Any, rank: int) -> list[int]:

@@ -72,7 +72,7 @@ class NetworkBuilder(Generic[S]):
             name = size if isinstance(size, str) and size.isidentifier() else re.sub(r"\W", "_", str(label)) or "d"
             indices[label] = Index(fresh(name, {i.name for i in indices.values()}), size)
 
-        slid = {label for w in equation.windows for label in (w.axis, w.kernel, w.out)}
+        slid = {label for w in equation.windows for label in w.names}
         for label in sorted(slid - {*indices}):
             indices[label] = Index(fresh(label, {i.name for i in indices.values()}), 1)
 

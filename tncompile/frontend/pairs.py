@@ -23,7 +23,11 @@ _SAME = {
 }
 _DIM_FIRST = {
     *(_aten.select.int, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.transpose.int),
-    *(_aten.sum.dim_IntList, _aten.mean.dim, _aten.permute.default),
+    _aten.permute.default,
+}
+_SUMS: dict[Any, Any] = {
+    **dict.fromkeys((_aten.sum.default, _aten.sum.dim_IntList), _aten.sum.dim_IntList),
+    **dict.fromkeys((_aten.mean.default, _aten.mean.dim), _aten.mean.dim),
 }
 _TRANSFORMS = {_aten.fft_fft.default, _aten.fft_ifft.default, _aten.fft_rfft.default, _aten.fft_irfft.default}
 LONGEST_TRANSFORM = 4096
@@ -192,6 +196,21 @@ def _along(b: _Pairs, x: Node, dim: Any, *rest: Any, **kwargs: Any) -> Node:
     return b.call(target, b.pairs[x], dims, *rest, **kwargs)
 
 
+def _summed(
+    b: _Pairs, x: Node, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Node | None:
+    """A sum or a mean; over all axes where none is named, but never over that of the pair."""
+    if dtype is not None and not dtype.is_complex:
+        return None
+    pair, ndim = b.pair(x), x.meta["val"].ndim
+    wanted = None if dtype is None else dtype.to_real()
+    if wanted not in (None, pair.meta["val"].dtype):
+        pair = b.call(_aten._to_copy.default, pair, dtype=wanted)
+    dims = [dim] if isinstance(dim, int) else dim or range(ndim)
+    axes = [d + ndim if d < 0 else d for d in dims] if ndim else []
+    return b.call(_SUMS[b.node.target], pair, axes, keepdim) if axes else b.call(_aten.clone.default, pair)
+
+
 def _shaped(b: _Pairs, x: Node, size: Sequence[Any], **_: Any) -> Node:
     return b.call(b.node.target, b.pairs[x], [*size, 2])
 
@@ -293,6 +312,7 @@ def _transform(b: _Pairs, x: Node, n: int | None = None, dim: int = -1, norm: st
 _RULES: dict[Any, Callable[..., Node | None]] = {
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(_DIM_FIRST, _along),
+    **dict.fromkeys(_SUMS, _summed),
     **dict.fromkeys(_TRANSFORMS, _transform),
     **dict.fromkeys((_aten.view.default, _aten.reshape.default, _aten.expand.default), _shaped),
     **dict.fromkeys((_aten._unsafe_view.default,), _shaped),

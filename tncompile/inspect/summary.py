@@ -13,7 +13,7 @@ from tncompile.passes.base import Context, PassReport
 from tncompile.passes.limit import peaks
 from tncompile.passes.plans import cost_of, dense_tree
 from tncompile.passes.positions import tables_of
-from tncompile.runtime.check import CheckReport
+from tncompile.runtime.accuracy import CheckReport
 from tncompile.runtime.settle import Settled
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class NetworkSummary:
 class Report:
     """The whole story of one compile; prints as a table, `to_dict` is what ``--report`` writes.
 
-    `device` is what it was planned for, `profile` where the figures of that device come from; `lowered` says what
-    became of opaque operations.
+    It was planned for `batches`, for the `sizes` of other dynamic dimensions by name, and for `device`; `profile` says
+    where the figures of that device come from, `lowered` what became of opaque operations.
     """
 
     networks: tuple[NetworkSummary, ...]
@@ -74,6 +74,7 @@ class Report:
     views: int = 0
     opaque: int = 0
     batches: tuple[int, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
     dynamic: bool = True
     version: str = field(default="")
     device: str = ""
@@ -126,6 +127,9 @@ class Report:
             parts.append(Text(str(self.settled)))
         if self.profile:
             parts.append(Text(f"planned for {self.device}: {self.profile}"))
+        if self.sizes:
+            sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+            parts.append(Text(f"and for {sizes}; --dim NAME=SIZE says what is typical"))
         total = sum(self.seconds.values())
         spent = ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())
         parts.append(Text(f"{total:.1f} s ({spent})" + (f"; {self._file()}" if self.size else "")))

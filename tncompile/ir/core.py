@@ -63,6 +63,10 @@ class Tensor:
         """All indices, in row-major order."""
         return tuple(index for axis in self.axes for index in axis)
 
+    def form(self, number: Mapping[str, object]) -> object:
+        """The axes, each index by its size and what `number` has for its name: equal where only names differ."""
+        return tuple(tuple((number.get(i.name), i.size) for i in axis) for axis in self.axes)
+
     @property
     def shape(self) -> tuple[Dim, ...]:
         """Sizes of the physical axes."""
@@ -124,6 +128,15 @@ class Window:
     stride: int = 1
     dilation: int = 1
     padding: tuple[int, int] = (0, 0)
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Names of the indices that it joins: `axis`, `kernel`, `out`."""
+        return self.axis, self.kernel, self.out
+
+    def form(self, number: Mapping[str, object]) -> object:
+        """The window with what `number` has for each name in its place: equal where only names differ."""
+        return tuple(map(number.get, self.names)), self.stride, self.dilation, self.padding
 
     def length(self, axis: int, kernel: int) -> int:
         """The size of `out` for given sizes of the other two."""

@@ -89,7 +89,7 @@ def _substitute_term(term: Term, mapping: Mapping[str, Axis]) -> Term:
 
 def _substitute_window(window: Window, mapping: Mapping[str, Axis]) -> Window:
     names: list[str] = []
-    for name in (window.axis, window.kernel, window.out):
+    for name in window.names:
         new = tuple(i.name for i in mapping[name]) if name in mapping else (name,)
         if len(new) != 1:
             raise CannotEdit(f"{name}, over which a window slides, is split")
@@ -366,6 +366,15 @@ def unique_cores(program: Program) -> Program:
         return replace(network, terms=tuple(terms))
 
     return replace(program, nodes=tuple(map_networks(node, visit) for node in program.nodes))
+
+
+def map_terms(program: Program, edit: Callable[[Network, Term], Term]) -> Program:
+    """A program with every term of every network replaced, and one name for one array again."""
+
+    def visit(network: Network) -> Network:
+        return replace(network, terms=tuple(edit(network, term) for term in network.terms))
+
+    return unique_cores(replace(program, nodes=tuple(map_networks(node, visit) for node in program.nodes)))
 
 
 def map_networks(node: Node, edit: Callable[[Network], Network]) -> Node:

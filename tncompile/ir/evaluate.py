@@ -115,7 +115,7 @@ def evaluate_term(
     order = term.order
     if term.windows:
         sizes = {i.name: size(i) for i in (*term.indices.values(), *output)}
-        parts += [(pattern(w, sizes), (w.axis, w.kernel, w.out)) for w in term.windows]
+        parts += [(pattern(w, sizes), w.names) for w in term.windows]
         order = left_to_right([order, *range(len(term.tensors), len(parts))])
     result, names = contract(parts, order, {i.name for i in output})
     present = [i.name for i in output if i.name in names]
@@ -126,6 +126,6 @@ def evaluate_term(
 def pattern(window: Window, sizes: Mapping[str, int]) -> Array:
     """The tensor ``[axis, kernel, out]`` that is 1 where a window reads the operand, else 0: with it a convolution is
     an einsum (arXiv:2307.02275, section 3)."""
-    axis, kernel, out = (np.arange(sizes[name]) for name in (window.axis, window.kernel, window.out))
+    axis, kernel, out = (np.arange(sizes[name]) for name in window.names)
     read = window.stride * out + window.dilation * kernel[:, None] - window.padding[0]
     return np.asarray(axis[:, None, None] == read, np.float64)

@@ -124,7 +124,7 @@ def _verify_slices(network: Network, term: Term) -> None:
         holders = sum(part.index in {i.name for i in t.indices} for t in term.tensors)
         if not holders or (holders < 2 and part.index not in output):
             raise _error(network, f"slices of {part.index}, which nothing shares with the output or another tensor")
-        if any(part.index in (w.axis, w.kernel, w.out) for w in term.windows):
+        if any(part.index in w.names for w in term.windows):
             raise _error(network, f"slices of {part.index}, which a window joins to others")
         if part.index in {s.index for s in term.slices[:number]}:
             raise _error(network, f"{part.index} is sliced twice")
@@ -148,7 +148,7 @@ def wrong_windows(term: Term, output: Tensor) -> str:
         axis, kernel, out = term.indices[w.axis].size, term.indices[w.kernel].size, shown[w.out]
         if isinstance(axis, int) and isinstance(kernel, int) and isinstance(out, int) and w.length(axis, kernel) != out:
             return f"a window over {w.axis} leaves {w.length(axis, kernel)}, but {w.out} has size {out}"
-    if len({name for w in term.windows for name in (w.axis, w.kernel, w.out)}) < 3 * len(term.windows):
+    if len({name for w in term.windows for name in w.names}) < 3 * len(term.windows):
         return "two windows have an index in common"
     kernels = {w.kernel for w in term.windows}
     if kernels and sum(kernels.isdisjoint(names) for names in operands) > 1:

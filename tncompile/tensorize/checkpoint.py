@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 
 from tncompile.errors import LoadError, TNCompileError
-from tncompile.ir import Array
 from tncompile.runtime.files import write_file
 from tncompile.tensorize.distil import Progress
 

@@ -79,7 +79,9 @@ class Flow:
     @cached_property
     def parameters(self) -> frozenset[str]:
         """Weights that are floating parameters."""
-        names = {spec.arg.name for spec in self.exported.graph_signature.input_specs if spec.kind == InputKind.PARAMETER}
+        names = {
+            spec.arg.name for spec in self.exported.graph_signature.input_specs if spec.kind == InputKind.PARAMETER
+        }
         keys = {self.key_of[name] for name in names}
         return frozenset(key for key in keys if self.tensors[key].is_floating_point())
 
@@ -111,7 +113,9 @@ class Flow:
         for number, node in enumerate(self.varying):
             sources = [found[self.number[s]] for s in node.all_input_nodes if s in self.number]
             found.append(bool(self.reads[number] & weights) or any(sources))
-        return tuple(m and isinstance(n.meta.get("val"), torch.Tensor) for m, n in zip(found, self.varying, strict=True))
+        return tuple(
+            m and isinstance(n.meta.get("val"), torch.Tensor) for m, n in zip(found, self.varying, strict=True)
+        )
 
     def live(self, place: int) -> tuple[int, ...]:
         """Values made before a place in the order that are read there or later."""
@@ -217,7 +221,10 @@ def _source(node: torch.fx.Node) -> SourceRef:
 
 def _refuse_writes(exported: torch.export.ExportedProgram) -> None:
     signature = exported.graph_signature
-    written = [*signature.buffers_to_mutate.values(), *(getattr(signature, "user_inputs_to_mutate", None) or {}).values()]
+    written = [
+        *signature.buffers_to_mutate.values(),
+        *(getattr(signature, "user_inputs_to_mutate", None) or {}).values(),
+    ]
     if written:
         raise UnsupportedError(
             f"the model writes to {', '.join(written)} when it runs, so it cannot be healed; "

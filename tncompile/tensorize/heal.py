@@ -98,7 +98,9 @@ def heal(
     """
     for model in (student, teacher):
         if isinstance(model, OnnxModel):
-            raise UnsupportedError("an ONNX model cannot be trained by PyTorch; heal the model that it was exported from")
+            raise UnsupportedError(
+                "an ONNX model cannot be trained by PyTorch; heal the model that it was exported from"
+            )
     if seconds is None and steps is None:
         raise TNCompileError("healing needs a limit: give seconds or steps")
     if (seconds is not None and not seconds >= 0) or (steps is not None and steps < 0):
@@ -204,7 +206,9 @@ class _Healing:
         self.taught = tuple(taught)
         self.held_out = tuple(number for number in range(len(runs)) if number not in {*taught}) or self.taught
         if self.held_out == self.taught:
-            self.notes.append("one run of calibration data: nothing is held out, so the errors are those on what was learned")
+            self.notes.append(
+                "one run of calibration data: nothing is held out, so the errors are those on what was learned"
+            )
         start = self.slices[0].start
         prefix = _Passage(self.teacher, len(self.teacher.inputs), start)
         self.base = [self.store.keep(prefix(run, self.teacher.tensors)) for run in runs]
@@ -261,7 +265,9 @@ class _Healing:
         targets = [self.store.keep(through(values, theirs.tensors)) for values in self.taughts]
         if len(self.position.stages) <= number:
             keys = trained(ours, part, self.cores, self.limits.vectors, read_outside(ours, part))
-            lesson = Lesson(ours.part(part.start, part.end, part.targets), self.given, targets, self.taught, self.held_out)
+            lesson = Lesson(
+                ours.part(part.start, part.end, part.targets), self.given, targets, self.taught, self.held_out
+            )
             if not keys:
                 self.notes.append(f"{part.name}: its weights are shared with other slices, and not trained in this one")
             self._train(number, part.name, lesson, keys, mark, part.sites)
@@ -286,7 +292,9 @@ class _Healing:
         lesson = Lesson(self.whole, self.base, answers, self.taught, self.held_out, self.limits.loss)
         self._train(number, END_TO_END, lesson, keys, mark, tuple(sorted(self.cores)))
 
-    def _train(self, number: int, name: str, lesson: Lesson, keys: list[str], mark: str, sites: tuple[str, ...]) -> None:
+    def _train(
+        self, number: int, name: str, lesson: Lesson, keys: list[str], mark: str, sites: tuple[str, ...]
+    ) -> None:
         """Train one stage, and write down what came of it."""
         old = self.position
         stages = len(self.slices) + self.limits.end_to_end
@@ -392,7 +400,9 @@ def _with_weights(
         if key in healed:
             if key not in made:
                 new = healed[key].detach().clone()
-                made[key] = torch.nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else new
+                made[key] = (
+                    torch.nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else new
+                )
             state[name] = made[key]
     return torch.export.ExportedProgram(
         exported.graph_module,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from tncompile.frontend.model import ImportedModel, LoadedModel
-from tncompile.ir import Array, Program
+from tncompile.ir import Array
 from tncompile.passes import Context
 from tncompile.tensorize.data import Calibration
 from tncompile.tensorize.options import Statistics
 from tncompile.tensorize.runner import Runner
-from tncompile.tensorize.sites import Site, composed, joint_sites, sites_of
+from tncompile.tensorize.sites import Site
 
 Progress = Callable[[str], None]
 

@@ -161,6 +161,24 @@ def _is_heavy(node: torch.fx.Node) -> bool:
 
 
 _HEAVY = frozenset(
-    "linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d "
-    "conv_transpose3d scaled_dot_product_attention lstm gru embedding".split()
+    [
+        "linear",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "scaled_dot_product_attention",
+        "lstm",
+        "gru",
+        "embedding",
+    ]
 )

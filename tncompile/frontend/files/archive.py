@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tncompile.errors import LoadError
@@ -36,3 +37,27 @@ def open_archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
                 f"{unpacked:,}; copy or save it again"
             )
         yield archive
+
+
+def parts(
+    archive: zipfile.ZipFile,
+    allowed: re.Pattern[str],
+    refusal: Callable[[str], LoadError],
+    left_out: re.Pattern[str] = re.compile(r"(?!)"),
+) -> Iterator[tuple[str, str]]:
+    """The names of an archive's members, and of the parts that they are: without the folder that torch puts all in.
+
+    Raises the `refusal` of the first name that is not `allowed`, or stands there twice: torch finds parts whatever the
+    case of their names.
+    """
+    names = archive.namelist()
+    root = names[0].partition("/")[0] if names else ""
+    seen: set[str] = set()
+    for name in names:
+        part = name.removeprefix(f"{root}/")
+        if left_out.fullmatch(part):
+            continue
+        if not allowed.fullmatch(part) or name == part or name.lower() in seen:
+            raise refusal(name)
+        seen.add(name.lower())
+        yield name, part

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tncompile.errors import LoadError
-from tncompile.frontend.files.archive import open_archive
+from tncompile.frontend.files.archive import open_archive, parts
 from tncompile.frontend.files.inputs import InputSpec
 from tncompile.frontend.mapped import PART, STAND_IN, MappedWeights
 from tncompile.frontend.trace import silence
@@ -96,20 +96,17 @@ _TARGETS = re.compile(
 def _checked_copy(path: Path) -> tuple[io.BytesIO, MappedWeights]:
     """The archive, read once, checked, and written anew: torch then reads what was checked and nothing else.
 
-    torch's own reader takes compiled libraries and pickled objects from further parts, and finds parts whatever
-    the case of their names; so only known parts pass, each once. Weights are not copied: in their place stands one
-    number each, until they are put into what torch has made of the rest.
+    torch's own reader takes compiled libraries and pickled objects from further parts; so only known ones pass.
+    Weights are not copied: in their place stands one number each, until they are put into what torch has made of the
+    rest.
     """
+
+    def refusal(name: str) -> LoadError:
+        return LoadError(f"{path}: holds a part that could run code ({name}); export a model of tensors only")
+
     copy, weights = io.BytesIO(), MappedWeights(path)
-    seen: set[str] = set()
     with open_archive(path) as archive, zipfile.ZipFile(copy, "w") as checked:
-        names = archive.namelist()
-        root = names[0].partition("/")[0] if names else ""
-        for name in names:
-            part = name.removeprefix(f"{root}/")
-            if not _PARTS.fullmatch(part) or name == part or name.lower() in seen:
-                raise LoadError(f"{path}: holds a part that could run code ({name}); export a model of tensors only")
-            seen.add(name.lower())
+        for name, part in parts(archive, _PARTS, refusal):
             if PART.fullmatch(part):
                 weights.add(part, archive, archive.getinfo(name))
                 checked.writestr(name, STAND_IN)

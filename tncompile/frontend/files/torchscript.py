@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tncompile.errors import LoadError
-from tncompile.frontend.files.archive import open_archive
+from tncompile.frontend.files.archive import open_archive, parts
 from tncompile.frontend.files.detect import globals_of
 
 #: the parts that torch.jit.load reads; compiled code for phones and lists of lines stay behind
@@ -58,18 +58,13 @@ def _checked_copy(path: Path) -> io.BytesIO:
     Reading a TorchScript file restores classes of C++ and calls the `__setstate__` of its own; neither may be in it.
     Its other methods are not called: their graphs are run by `tncompile.frontend.script`, operator by operator.
     """
+
+    def refusal(name: str) -> LoadError:
+        return LoadError(f"{path}: a TorchScript file with a part that it should not have ({name}); {_SAFER}")
+
     copy = io.BytesIO()
-    seen: set[str] = set()
     with open_archive(path) as archive, zipfile.ZipFile(copy, "w") as checked:
-        names = archive.namelist()
-        root = names[0].partition("/")[0] if names else ""
-        for name in names:
-            part = name.removeprefix(f"{root}/")
-            if _LEFT.fullmatch(part):
-                continue
-            if not _PARTS.fullmatch(part) or name == part or name.lower() in seen:
-                raise LoadError(f"{path}: a TorchScript file with a part that it should not have ({name}); {_SAFER}")
-            seen.add(name.lower())
+        for name, part in parts(archive, _PARTS, refusal, left_out=_LEFT):
             data = archive.read(name)  # checks the checksum
             if part.endswith(".py") and _too_deep(data):
                 raise LoadError(f"{path}: damaged, or made to crash its reader: {name} is nested too deeply; {_SAFER}")

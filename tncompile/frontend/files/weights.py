@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from tncompile.errors import LoadError
 from tncompile.frontend.files.detect import detect
+from tncompile.frontend.files.index import shards
 
 #: where training scripts keep a state_dict inside a checkpoint
 _NESTED = (
@@ -45,10 +45,7 @@ def sharded(index: Path) -> dict[str, torch.Tensor]:
     from tncompile.frontend.files.pickled import read
 
     weights: dict[str, torch.Tensor] = {}
-    for name in sorted({str(n) for n in json.loads(index.read_bytes())["weight_map"].values()}):
-        if Path(name).name != name:
-            raise LoadError(f"{index}: names a file outside its folder ({name}); refused")
-        shard = index.parent / name
+    for shard in shards(index):
         kind = detect(shard)
         if kind == "safetensors":
             weights.update(safetensors(shard))

@@ -12,7 +12,6 @@ import onnx_ir
 from google.protobuf.message import Message
 
 from tncompile.errors import LoadError, UnsupportedError
-from tncompile.frontend.files.detect import detect
 
 _SMALL = 1024  # elements
 _EXTERNAL = onnx.TensorProto.EXTERNAL
@@ -62,9 +61,7 @@ def read(source: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
 
 
 def external_files(path: Path) -> list[Path]:
-    """The files beside an ONNX file that hold weights of it; none where it is no ONNX file."""
-    if detect(path) != "ONNX":
-        return []
+    """The files beside an ONNX file that hold weights of it."""
     tensors = (tensor for graph in graphs(read(path).graph) for tensor in graph.initializer)
     entries = (entry for tensor in tensors for entry in tensor.external_data)
     return [path.parent / name for name in dict.fromkeys(e.value for e in entries if e.key == "location")]

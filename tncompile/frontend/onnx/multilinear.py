@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir
@@ -23,6 +23,7 @@ Equation = algebra.Equation[str]
 Reshape = algebra.Reshape[str]
 Translation = Equation | Reshape
 Translator = Callable[["Operator"], Translation]
+T = TypeVar("T", bound=Translator)
 _TRANSLATORS: dict[str, Translator] = {}
 
 
@@ -97,8 +98,8 @@ def multilinear(node: onnx_ir.Node) -> bool:
     return node.domain == "" and node.op_type in _TRANSLATORS
 
 
-def _register(*names: str) -> Callable[[Translator], Translator]:
-    def add(function: Translator) -> Translator:
+def _register(*names: str) -> Callable[[T], T]:
+    def add(function: T) -> T:
         for name in names:
             _TRANSLATORS[name] = function
         return function

@@ -1,0 +1,72 @@
+"""How far numbers are apart, and how far they may be: what a check finds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from tncompile.ir import Array
+
+FACTOR = 10.0
+"""How many times the error of eager PyTorch the compiled model's error may be."""
+
+FLOORS = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3}
+"""Relative errors below which the comparison with eager says nothing: a few roundings of the dtype."""
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """Errors of one output, as max |y - y64| / max |y64| over all runs; `eager` is PyTorch's own.
+
+    `baseline` says whose that is: of a model that came in as ONNX it is the original file's.
+    """
+
+    name: str
+    error: float
+    eager: float
+    bound: float
+    baseline: str = "eager PyTorch's"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: relative error {self.error:.2g}, {self.baseline} {self.eager:.2g}, allowed {self.bound:.2g}"
+        )
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the bound (never where it is not a number)."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The outputs' checks, the sizes they were run at, and what limits what that proves."""
+
+    outputs: tuple[OutputCheck, ...]
+    runs: tuple[str, ...]
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output passed."""
+        return all(o.passed for o in self.outputs)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{o.name}: error {o.error:.2g} ({o.baseline} {o.eager:.2g}, allowed {o.bound:.2g})" for o in self.outputs
+        )
+
+
+def relative_error(result: Array, reference: Array) -> float:
+    """max |result - reference| / max |reference|; values that are not finite must be the same. NaN if not."""
+    if result.size == 0:
+        return 0.0
+    a, b = np.asarray(result, np.float64), np.asarray(reference, np.float64)
+    finite = np.isfinite(b)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.all(np.isfinite(a[finite])):
+        return math.nan
+    scale = float(np.max(np.abs(b[finite]), initial=0.0))
+    distance = float(np.max(np.abs(a[finite] - b[finite]), initial=0.0))
+    return distance if scale == 0 else distance / scale
