@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Site:
-    """What is replaced at once: a weight, or several that read the same input, beside each other along their outputs."""
+    """What is replaced at once: a weight, or several that read the same input, side by side along their outputs."""
 
     parts: tuple[Part, ...]
 
@@ -130,6 +130,13 @@ def composed(model: ImportedModel, context: Context | None = None) -> Program:
     return program
 
 
+def separate(model: ImportedModel, context: Context | None = None) -> Program:
+    """The program with every layer on its own: the operand beside a weight is what its layer reads in the model."""
+    passes = (Clean(), Fold(apart=True), Clean())
+    program, _ = Pipeline(passes, scheduled=False).run(model.program, context or Context())
+    return program
+
+
 def sites_of(program: Program, minimum: int = MIN_SIZE) -> tuple[Site, ...]:
     """The weights of `minimum` numbers or more that a composed program contracts, each a site of its own.
 
@@ -180,7 +187,7 @@ def _roles(use: Use) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Axes of a core that lead to an operand, and the others; None where one of the two is of size 1."""
     core = use.term.tensors[use.position]
     inner = _reached(use.term, use.position) - {i.name for i in use.network.output.indices}
-    ins, outs = [], []
+    ins, outs = list[int](), list[int]()
     for axis, group in enumerate(core.axes):
         names = {index.name for index in group if index.size != 1}
         (ins if names and names <= inner else outs).append(axis)
