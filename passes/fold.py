@@ -41,9 +41,13 @@ class Fold(Pass):
 
     Then, in every network: terms of cores alone become one bias; terms that apply one core each to the same
     operand become one (an adapter folds into its layer); a network of cores alone is computed.
+
+    With `apart` only views and networks of cores alone are put into others: every layer stays one network, which reads
+    what that layer reads in the model.
     """
 
     max_tensors: int = 256
+    apart: bool = False
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
@@ -138,6 +142,8 @@ class Fold(Pass):
             raise CannotEdit("another dtype")
         if not producer.operands:
             return
+        if self.apart and not is_view(producer):
+            raise CannotEdit("layers are kept apart")
         if not alone and not is_view(producer):
             raise CannotEdit("others read it too, and would compute it again")
         moving = [t for t in producer.terms if t.operands]

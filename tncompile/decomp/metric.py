@@ -23,14 +23,14 @@ from tncompile.ir import Array
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """For each mode of the input a symmetric ``scale[n, n]`` and its inverse."""
+    """For each mode of the input a symmetric ``scale[n, n]``, or ``[n]`` where it is diagonal, and its inverse."""
 
     scales: tuple[Array, ...]
     inverses: tuple[Array, ...]
 
     @staticmethod
     def of_moments(moments: Array, modes: Sequence[int] | None = None, regularization: float = 1e-6) -> Metric:
-        """From second moments ``[in, in]``, for the modes of the input (by default one).
+        """From second moments ``[in, in]``, or their diagonal ``[in]``, for the modes of the input (by default one).
 
         `regularization` times the mean of the diagonal is added to it, so that directions that the inputs never take
         keep a little weight and S has an inverse. Raises TNCompileError where the moments are not symmetric or fit no
@@ -39,11 +39,13 @@ class Metric:
         moments = np.asarray(moments, np.float64)
         modes = tuple(modes or (len(moments),))
         size = math.prod(modes)
-        if moments.shape != (size, size) or not np.all(np.isfinite(moments)):
+        if moments.shape not in ((size, size), (size,)) or not np.all(np.isfinite(moments)):
             raise TNCompileError(
                 f"second moments of modes {modes} are finite and of shape {(size, size)}, not {moments.shape}"
             )
-        if not np.allclose(moments, moments.T, rtol=1e-5, atol=1e-8 * float(np.abs(moments).max())):
+        if moments.ndim == 2 and not np.allclose(
+            moments, moments.T, rtol=1e-5, atol=1e-8 * float(np.abs(moments).max())
+        ):
             raise TNCompileError("second moments are symmetric: give the mean of outer products of the inputs")
         if regularization <= 0:
             raise TNCompileError(f"regularization must be above 0, not {regularization}")
@@ -73,13 +75,19 @@ class Metric:
 
 
 def apply(matrix: Array, tensor: Array, axis: int) -> Array:
-    """A matrix times a tensor, over one of its axes."""
+    """A matrix, or the diagonal of one, times a tensor, over one of its axes."""
+    if matrix.ndim == 1:
+        return tensor * matrix.reshape(-1, *(1,) * (tensor.ndim - axis - 1))
     return np.moveaxis(np.tensordot(matrix, tensor, (1, axis)), 0, axis)
 
 
 def _partial(moments: Array, modes: tuple[int, ...], mode: int) -> Array:
     """The partial trace over all modes but one; the product over all modes has the trace of the whole."""
     before, size, after = math.prod(modes[:mode]), modes[mode], math.prod(modes[mode + 1 :])
+    if moments.ndim == 1:
+        total = float(moments.sum())
+        diagonal: Array = moments.reshape(before, size, after).sum((0, 2))
+        return diagonal if mode == 0 or total <= 0 else diagonal / total
     part = np.einsum("aibajb->ij", moments.reshape(before, size, after, before, size, after))
     trace = float(np.trace(moments))
     return part if mode == 0 or trace <= 0 else np.asarray(part / trace)
@@ -87,6 +95,10 @@ def _partial(moments: Array, modes: tuple[int, ...], mode: int) -> Array:
 
 def _root(moments: Array, regularization: float) -> tuple[Array, Array]:
     """The symmetric square root of regularized moments, and its inverse."""
+    if moments.ndim == 1:
+        mean = float(np.mean(moments))
+        diagonal = np.sqrt(np.maximum(moments, 0.0) + (regularization * mean if mean > 0 else 1.0))
+        return diagonal, 1 / diagonal
     values, vectors = np.linalg.eigh((moments + moments.T) / 2)
     mean = float(np.mean(values))
     values = np.maximum(values, 0.0) + (regularization * mean if mean > 0 else 1.0)

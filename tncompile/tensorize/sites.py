@@ -153,6 +153,13 @@ def composed(model: ImportedModel, context: Context | None = None) -> Program:
     return program
 
 
+def separate(model: ImportedModel, context: Context | None = None) -> Program:
+    """The program with every layer on its own: the operand beside a weight is what its layer reads in the model."""
+    passes = (Clean(), Fold(apart=True), Clean())
+    program, _ = Pipeline(passes, scheduled=False).run(model.program, context or Context())
+    return program
+
+
 def sites_of(program: Program, minimum: int = MIN_SIZE) -> tuple[Site, ...]:
     """The weights of `minimum` numbers or more that a composed program contracts, each a site of its own.
 

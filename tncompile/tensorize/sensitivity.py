@@ -1,0 +1,141 @@
+"""How much an error in one layer's output changes the outputs of the model: measured, weight by weight.
+
+For small errors the model is linear in them, so ``output error = factor * local error``, where the local error is that
+of the layer's output in the metric of its inputs: ``|x W - x V| / |x W|``. Errors of several layers are taken to be
+independent: their squares add. `Sensitivities.additivity` says how far that is from true.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tncompile.ir import Array
+from tncompile.tensorize.evaluation import Evaluation
+from tncompile.tensorize.moments import Moments
+from tncompile.tensorize.sites import Site
+
+STRENGTHS = (0.05, 0.2)
+"""Local errors of the noise that is tried where no perturbations are given."""
+
+Perturbations = Mapping[str, Sequence[Mapping[str, Array]]]
+"""For sites, by name, what their weights could become, by name: the smallest error first."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of one site: the output error for each unit of its local error.
+
+    `points` are the pairs (local, output) that were measured. Where time was short there are none, and the factor is
+    that of the site `like`, or the median of all where that is empty.
+    """
+
+    factor: float
+    points: tuple[tuple[float, float], ...] = ()
+    like: str = ""
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Those of all sites, by name. `additivity` is the output error of all perturbations at once, over the root of the
+    sum of the squares of each alone: 1 where they are independent."""
+
+    sites: Mapping[str, Sensitivity]
+    additivity: float = 1.0
+    notes: tuple[str, ...] = field(default=())
+
+    def predicted(self, local: Mapping[str, float]) -> float:
+        """The output error for local errors of several sites."""
+        return self.additivity * math.sqrt(sum((self.sites[name].factor * e) ** 2 for name, e in local.items()))
+
+
+def local_error(site: Site, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> float:
+    """The relative error in the outputs of a site with other weights; in its matrix, where the moments of its input
+    are not known."""
+    parts = [(part.matrix, np.asarray(part_matrix(site, weights, k))) for k, part in enumerate(site.parts)]
+    exact, other = (np.concatenate(side, axis=1).astype(np.float64) for side in zip(*parts, strict=True))
+    known = moments.get(site.parts[0].name)
+    if known is not None:
+        return known.error(exact, other)
+    norm = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(exact - other)) / norm if norm else 0.0
+
+
+def part_matrix(site: Site, weights: Mapping[str, Array], k: int) -> Array:
+    """The matrix [in, out] of one part of a site with other weights; its own where they have none for it."""
+    part = site.parts[k]
+    axes = (*part.ins, *part.outs)
+    array = weights.get(part.name, part.array)
+    return np.asarray(array).transpose(axes).reshape(part.size(part.ins), part.size(part.outs))
+
+
+def noise(site: Site, moments: Mapping[str, Moments], strength: float, seed: int = 0) -> dict[str, Array]:
+    """The weights of a site with white noise that makes a local error of `strength`."""
+    generator = np.random.default_rng(seed)
+    drawn = {part.name: part.array + generator.standard_normal(part.array.shape) for part in site.parts}
+    scale = strength / max(local_error(site, drawn, moments), 1e-30)
+    return {
+        part.name: (part.array + scale * (drawn[part.name] - part.array)).astype(part.array.dtype)
+        for part in site.parts
+    }
+
+
+def sensitivities(
+    sites: Sequence[Site],
+    evaluation: Evaluation,
+    moments: Mapping[str, Moments],
+    perturbations: Perturbations | None = None,
+    seconds: float | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Sensitivities:
+    """Measure each site, the largest first, one run of the calibration data for each perturbation.
+
+    After `seconds` the rest is estimated from measured sites of the same shape, or else from the median of all, and
+    a note says so; one is measured in any case.
+    """
+    start, measured = clock(), dict[str, Sensitivity]()
+    tried: dict[str, Array] = {}
+    order = sorted(sites, key=lambda site: -site.size)
+    for site in order:
+        if seconds is not None and measured and clock() - start > seconds:
+            break
+        given = (perturbations or {}).get(site.name) or [noise(site, moments, strength) for strength in STRENGTHS]
+        points = [(local_error(site, one, moments), evaluation.of_weights(one)) for one in given]
+        measured[site.name] = Sensitivity(_factor(points), tuple(points))
+        if not any(name in tried for name in given[0]):  # a site of several weights may stand beside those alone
+            tried |= given[0]
+        progress(len(measured), len(sites))
+    alone = [s.points[0][1] for name, s in measured.items() if {*name.split("+")} <= {*tried}]
+    found = dict(measured)
+    for site in order[len(measured) :]:
+        found[site.name] = _estimate(site, sites, measured)
+    notes: tuple[str, ...] = ()
+    if len(measured) < len(sites):
+        notes = (
+            f"the sensitivity of {len(sites) - len(measured)} of {len(sites)} weights is estimated from like ones",
+        )
+    expected = math.sqrt(sum(e**2 for e in alone))
+    together = evaluation.of_weights(tried) if len(alone) > 1 and expected > 0 else expected
+    return Sensitivities(found, together / expected if expected > 0 else 1.0, notes)
+
+
+def _factor(points: Sequence[tuple[float, float]]) -> float:
+    """The factor that fits best in the mean of logarithms, so that no strength outweighs another."""
+    ratios = [output / local for local, output in points if local > 0]
+    good = [ratio for ratio in ratios if 0 < ratio < math.inf]
+    return math.exp(sum(map(math.log, good)) / len(good)) if good else max(ratios, default=0.0)
+
+
+def _estimate(site: Site, sites: Sequence[Site], measured: Mapping[str, Sensitivity]) -> Sensitivity:
+    """From the nearest site, in the order of the model, that has the same shape."""
+    place = {other.name: k for k, other in enumerate(sites)}
+    like = [o for o in sites if o.name in measured and (o.in_sizes, o.out_sizes) == (site.in_sizes, site.out_sizes)]
+    if like:
+        nearest = min(like, key=lambda other: abs(place[other.name] - place[site.name]))
+        return Sensitivity(measured[nearest.name].factor, like=nearest.name)
+    return Sensitivity(float(np.median([s.factor for s in measured.values()])))

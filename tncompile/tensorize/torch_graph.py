@@ -1,0 +1,151 @@
+"""A traced graph as a function of its inputs and its weights, that shows any of its values."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export.graph_signature import InputKind
+
+from tncompile.cost.search import einsum_path
+from tncompile.errors import TNCompileError
+from tncompile.frontend.importer import TracedModel
+from tncompile.ir import Array
+
+_aten = torch.ops.aten
+_CHECKS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "_guards_fn",
+    "sym_constrain_range_for_size",
+)
+
+
+_Function = tuple[torch.fx.GraphModule, list[str]]
+"""A function, and the names that its arguments have in the traced graph."""
+
+
+class TorchGraph:
+    """The functional graph of a traced model, as Python that fx writes: as fast as eager PyTorch.
+
+    One function is made for each set of values that is asked for; it computes no more than those need.
+    """
+
+    def __init__(self, model: TracedModel) -> None:
+        self._exported = model.exported
+        self._public = [name for name, _ in model.program.outputs]
+        self._nodes = {node.name: node for node in self._exported.graph.nodes}
+        self._functions: dict[Any, _Function] = {}
+        self._state: dict[str, torch.Tensor] = {}  # by placeholder
+        self._holders: dict[str, list[str]] = {}  # placeholders by name of the weight
+        storages: dict[Any, list[str]] = {}
+        for spec in self._exported.graph_signature.input_specs:
+            if spec.kind == InputKind.USER_INPUT:
+                continue
+            store = self._exported.state_dict if spec.target in self._exported.state_dict else self._exported.constants
+            tensor = store[spec.target].detach()
+            self._state[spec.arg.name] = tensor
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else spec
+            tied = storages.setdefault(key, [])
+            tied.append(spec.arg.name)
+            self._holders[str(spec.target)] = tied
+
+    def run(
+        self, feeds: Mapping[str, Array], weights: Mapping[str, Array], wanted: Sequence[str], outputs: bool
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Outputs by public name (none without `outputs`) and wanted values. TNCompileError where it cannot run."""
+        given: dict[str, torch.Tensor] = {}
+        for name, array in weights.items():
+            for holder in self._placeholders(name):
+                given[holder] = torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype(holder))
+        function, names = self._function(tuple(wanted), frozenset(n for n in given if n not in self._state), outputs)
+        given |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+        args = [given[name] if name in given else self._state.get(name) for name in names]
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                shown, values = function(*args)
+            except Exception as error:
+                raise TNCompileError(
+                    f"the model cannot run on the calibration data: {str(error).splitlines()[0]}"
+                ) from error
+        named = zip(self._public, (x for x in shown if x is not None), strict=True) if outputs else ()
+        return {n: _array(x) for n, x in named}, {n: _array(x) for n, x in zip(wanted, values, strict=True)}
+
+    def _placeholders(self, weight: str) -> list[str]:
+        """What holds a weight in the graph; see `Importer._add_constant` for the names."""
+        names = (weight, weight.removesuffix(".weight"))
+        for name in names:
+            if name in self._holders:
+                return self._holders[name]
+        for name in names:
+            if name in self._nodes:  # computed from others, which then do not matter
+                return [name]
+        raise TNCompileError(f"the model has no weight {weight}")
+
+    def _dtype(self, holder: str) -> torch.dtype:
+        dtype: torch.dtype = self._nodes[holder].meta["val"].dtype
+        return dtype
+
+    def _function(self, wanted: tuple[str, ...], computed: Collection[str], outputs: bool) -> _Function:
+        key = (wanted, computed, outputs)
+        if key not in self._functions:
+            self._functions[key] = self._build(wanted, computed, outputs)
+        return self._functions[key]
+
+    def _build(self, wanted: Sequence[str], computed: Collection[str], outputs: bool) -> _Function:
+        graph = torch.fx.Graph()
+        copies: dict[torch.fx.Node, Any] = {}
+        shown = graph.graph_copy(self._exported.graph, copies)
+        missing = [name for name in wanted if name not in self._nodes]
+        if missing:
+            raise TNCompileError(f"the traced model has no value {missing[0]}")
+        graph.output((shown if outputs else (), tuple(copies[self._nodes[name]] for name in wanted)))
+        inputs = {copy: node.name for node, copy in copies.items() if node.op == "placeholder"}
+        inputs |= {_input(graph, copies[self._nodes[name]]): name for name in computed}
+        for node in reversed(graph.nodes):
+            if not node.users and node.op in ("call_function", "call_module"):
+                if any(check in str(node.target) for check in _CHECKS):
+                    graph.erase_node(node)
+            elif node.target is _aten.einsum.default and len(node.args[1]) > 2:
+                node.target = _einsum
+            elif node.target is _aten.view.default:  # other numbers may have other strides
+                node.target = _aten.reshape.default
+        graph.eliminate_dead_code()
+        names = [inputs[node] for node in graph.nodes if node.op == "placeholder"]
+        return torch.fx.GraphModule(self._exported.graph_module, graph), names
+
+
+def _input(graph: torch.fx.Graph, node: torch.fx.Node) -> torch.fx.Node:
+    """Let a value come from outside: the new input in its place."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        new = graph.placeholder(f"given_{node.name}")
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def _einsum(equation: str, operands: Sequence[torch.Tensor], path: Any = None) -> torch.Tensor:
+    """An einsum of many operands; from left to right, as torch has it, some networks need hundreds of gigabytes."""
+    found = _path(equation, tuple(tuple(x.shape) for x in operands))
+    result: torch.Tensor = _aten.einsum.default(equation, operands, path=found)
+    return result
+
+
+@functools.lru_cache(maxsize=256)
+def _path(equation: str, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    return einsum_path(equation, shapes)
+
+
+def _array(tensor: Any) -> Array:
+    if not isinstance(tensor, torch.Tensor):
+        return np.asarray(tensor)
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    array: Array = real.detach().numpy()
+    return array
