@@ -11,6 +11,7 @@ that of the outputs, and everything else stays exact.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ import numpy as np
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
 
+LARGE = 512
+
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """For each mode of the input a symmetric ``scale[n, n]``, or ``[n]`` where it is diagonal, and its inverse."""
+    """For each mode of the input a ``scale[n, n]``, S of the module's docstring, or ``[n]`` where it is diagonal, and
+    its inverse."""
 
     scales: tuple[Array, ...]
     inverses: tuple[Array, ...]
@@ -94,11 +98,20 @@ def _partial(moments: Array, modes: tuple[int, ...], mode: int) -> Array:
 
 
 def _root(moments: Array, regularization: float) -> tuple[Array, Array]:
-    """The symmetric square root of regularized moments, and its inverse."""
+    """A root S of regularized moments, ``S' S``, and its inverse.
+
+    The symmetric one; of many inputs that of Cholesky, several times as fast.
+    """
     if moments.ndim == 1:
         mean = float(np.mean(moments))
         diagonal = np.sqrt(np.maximum(moments, 0.0) + (regularization * mean if mean > 0 else 1.0))
         return diagonal, 1 / diagonal
+    if len(moments) >= LARGE:
+        mean = float(np.trace(moments)) / len(moments)
+        with contextlib.suppress(np.linalg.LinAlgError):  # of moments that are not quite positive
+            whole = (moments + moments.T) / 2 + (regularization * mean if mean > 0 else 1.0) * np.eye(len(moments))
+            root = np.linalg.cholesky(whole).T
+            return root, np.linalg.inv(root)
     values, vectors = np.linalg.eigh((moments + moments.T) / 2)
     mean = float(np.mean(values))
     values = np.maximum(values, 0.0) + (regularization * mean if mean > 0 else 1.0)

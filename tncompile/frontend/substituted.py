@@ -17,6 +17,7 @@ from tncompile.ir import Array
 
 _aten = torch.ops.aten
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 def substitute_exported(
@@ -125,16 +126,14 @@ class _Edit:
         """Nodes that compute the weight, before the first that reads it and as a part of that one's layer."""
         readers = {user for node in old for user in node.users}
         first = next((node for node in self.graph.nodes if node in readers), self.graph.output_node())
-        meta = {
-            key: first.meta[key] for key in ("nn_module_stack", "stack_trace", "source_fn_stack") if key in first.meta
-        }
+        meta = {key: first.meta[key] for key in _PROVENANCE if key in first.meta}
         rebuilding, stem = factors.rebuilding, old[0].name
         values: list[torch.fx.Node] = [*cores]
 
         def call(target: Any, *args: Any) -> torch.fx.Node:
             name = f"{stem}_{str(target).split('.')[1]}"
             with self.graph.inserting_before(first):
-                node = self.graph.create_node("call_function", target, args, name=name)
+                node: torch.fx.Node = self.graph.create_node("call_function", target, args, name=name)
             fake = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
             with self.fake, torch.no_grad():
                 node.meta = {**meta, "val": target(*fake)}
