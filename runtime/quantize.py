@@ -23,7 +23,7 @@ from tncompile.runtime.quantized_stored import Writer, eight_bit_rows, four_bit_
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
-__all__ = ["BITS", "STORED", "quantizable", "quantize", "simulated", "stored_bytes"]
+__all__ = ["BITS", "STORED", "quantizable", "quantize", "simulated", "stored_bytes", "whole"]
 
 _CARRIERS = {
     *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"),
@@ -38,7 +38,7 @@ def quantizable(model: bytes) -> dict[str, tuple[str, ...]]:
     """What each network, and each other node that reads float32 weights, can be computed in, as `BITS` are ordered.
 
     A network of several nodes has a way that any of them has; the others then stay float32. Weights of less than 256
-    numbers do not count. LoadError where the model cannot be read.
+    numbers do not count, and more for what is smaller in the file alone. LoadError where the model cannot be read.
     """
     found: dict[str, set[str]] = {}
     for site in sites(Constants(read(model))):
@@ -71,6 +71,19 @@ def quantize(model: bytes, choice: Mapping[str, str], calibration: Sequence[Mapp
     store(proto, {site.key: bits for site, bits in chosen if bits in STORED}, names)
     finish(proto, names)
     return written(proto)
+
+
+def whole(model: bytes, bits: str, calibration: Sequence[Mapping[str, Array]] = ()) -> bytes:
+    """A model with all that can be in one way of `BITS`, as one would use onnxruntime.quantization by itself.
+
+    With ``int8`` convolutions stay float32, as ONNX Runtime advises: computed so they are slower. With ``int8-static``
+    tables and LSTMs are ``int8``. The model itself where nothing can be. TNCompileError as of `quantize`.
+    """
+    check_bits(bits)
+    ways = (bits, "int8") if bits == "int8-static" else (bits,)
+    known = quantizable(model)
+    choice = {key: next((way for way in ways if way in can), "fp32") for key, can in known.items()}
+    return quantize(model, choice, calibration)
 
 
 def _chosen(found: Sequence[Site], choice: Mapping[str, str]) -> list[tuple[Site, str]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tncompile.runtime.quantized_graph import NETWORK, Constants, attribute, graphs_of, identity, key_of
 from tncompile.runtime.quantized_names import Names
 from tncompile.runtime.quantized_round import BITS
-from tncompile.runtime.quantized_sites import is_weight
+from tncompile.runtime.quantized_sites import worth_storing
 from tncompile.runtime.quantized_stored import Writer, smaller
 
 if TYPE_CHECKING:
@@ -37,9 +37,11 @@ def store(model: ModelProto, choice: Mapping[str, str], names: Names) -> None:
     made: list[NodeProto] = []
     for name in constants.initializers:
         keys = {key_of(node) for node, _, _ in readers.get(name, [])}
-        if not keys or not keys <= choice.keys() or name in shown or not is_weight(name, constants):
+        if not keys or not keys <= choice.keys() or name in shown:
             continue
         bits = min((choice[key] for key in keys), key=BITS.index)
+        if not worth_storing(name, bits, constants):
+            continue
         array = constants.array(name)
         node, position, read = readers[name][0]
         axes = _channels(node, position, array.ndim) if read == name else tuple(range(array.ndim - 1))

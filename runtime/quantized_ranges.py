@@ -34,7 +34,10 @@ def ranges(
             seen = session.run(session.feeds(sample))
         except Exception as error:  # onnxruntime's own have no common base
             reason = str(error).splitlines()[0]
-            raise TNCompileError(f"calibration sample {number}: the model does not run on it ({reason})") from error
+            raise TNCompileError(
+                f"calibration sample {number}: the model does not run on it ({reason}); give arrays of the names, "
+                "types and shapes of its inputs"
+            ) from error
         for position, name in enumerate(names):
             low, high = (float(seen[f"{edge}:{position}"]) for edge in _EDGES)
             if not np.isfinite([low, high]).all():

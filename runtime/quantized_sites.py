@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tncompile.runtime.quantized_graph import NETWORK, Constants, attribute, identity, key_of, subgraphs
-from tncompile.runtime.quantized_round import BITS, BLOCK
+from tncompile.runtime.quantized_round import BITS, BLOCK, STORED
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
 LEAST = 256
-"""Numbers that a weight has at least: scales, nodes and names of a smaller one take more than is saved."""
+"""Numbers that a weight has at least, to be computed with in fewer bits."""
+
+_STORED_LEAST = {"fp16": 256, "int8-weights": 512, "int4-weights": 2048}
+"""Numbers that one has to be smaller in the file: nodes and their names take 0.3, 0.7 and 2.5 kB."""
 
 _OPSET = 13  # of the axis of DequantizeLinear
 
@@ -52,10 +55,9 @@ def _sites(graph: GraphProto, constants: Constants, plan: bool, opset: int) -> I
         if weights:
             computed = _computed(node, weights, graph, constants) if opset >= _OPSET else set()
             computed -= set() if plan else {"int8-static"}
-            stored = {"fp32", "fp16"}
-            if any(len(constants.shape(name)) >= 2 for name in weights.values()):
-                stored |= {"int8-weights", "int4-weights"}
-            bits = tuple(b for b in BITS if b in stored | computed)
+            sources = {source for name in weights.values() for source in constants.sources(name)}
+            stored = {way for way in STORED if any(worth_storing(source, way, constants) for source in sources)}
+            bits = tuple(b for b in BITS if b in {"fp32"} | stored | computed)
             yield Site(key_of(node), node, graph, weights, bits)
 
 
@@ -64,6 +66,14 @@ def is_weight(name: str, constants: Constants) -> bool:
     if not constants.is_float(name):
         return False
     return math.prod(constants.shape(name)) >= LEAST
+
+
+def worth_storing(name: str, bits: str, constants: Constants) -> bool:
+    """Whether an initializer can be smaller in the file: large enough, and for fewer than 16 bits a matrix at least."""
+    if not constants.is_float(name):
+        return False
+    shape = constants.shape(name)
+    return math.prod(shape) >= _STORED_LEAST[bits] and (bits == "fp16" or len(shape) >= 2)
 
 
 def _computed(node: NodeProto, weights: Mapping[int, str], graph: GraphProto, constants: Constants) -> set[str]:

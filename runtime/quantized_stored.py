@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 _HALF_BYTE = 16
 
-_NODES = {"fp16": 300, "int8-weights": 700, "int4-weights": 2500}
-"""Bytes that the nodes and their names take in a file, about."""
-
 
 class Writer:
     """Writes nodes one after another; `metadata` goes onto each."""
@@ -63,17 +60,15 @@ class Writer:
 
 
 def smaller(weight: Array, bits: str, axes: Sequence[int], writer: Writer, output: str) -> bool:
-    """Write nodes that make a weight of what is stored in its place; False where it cannot be so, or is not smaller.
+    """Write nodes that make a weight of what is stored in its place; False where float16 cannot hold it.
 
     Channels lie along `axes`.
     """
     if bits == "fp16":
-        if not fits_half(weight) or weight.nbytes < 2 * _NODES[bits]:
+        if not fits_half(weight):
             return False
         writer.widened(writer.constant("float16", weight.astype(np.float16)), output)
         return True
-    if weight.ndim < 2 or weight.nbytes < 2 * _NODES[bits]:
-        return False
     if bits == "int8-weights":
         eight = Eight.of(weight, axes)
         wide = writer.widened(writer.constant("int8", eight.values))

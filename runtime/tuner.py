@@ -50,7 +50,7 @@ class Tuner:
         self.timed = 0
         self.known = 0
         self._spent = 0.0
-        self._store = _Store() if stored else None
+        self._store = TimeStore() if stored else None
 
     def start(self, jobs: int) -> None:
         """Expect so many calls of `times`."""
@@ -151,7 +151,7 @@ def _canonical(network: Network) -> object:
     return terms, axes(network.output), network.dtype
 
 
-class _Store:
+class TimeStore:
     """Seconds by key, in one JSON file of this user's. A damaged or unwritable file only costs time."""
 
     def __init__(self) -> None:
@@ -168,6 +168,7 @@ class _Store:
         return [self.seconds[k] for k in keys] if all(k in self.seconds for k in keys) else None
 
     def put(self, times: Mapping[str, float]) -> None:
+        """Remember times; those that are known already are replaced."""
         self.seconds |= times
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -168,19 +168,19 @@ def test_other_files_on_a_full_disk(
 
 def test_the_cache_of_times_is_not_worth_failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tncompile.errors import TNCompileWarning
-    from tncompile.runtime.tuner import _Store
+    from tncompile.runtime.tuner import TimeStore
 
     monkeypatch.setenv("TNCOMPILE_CACHE", str(tmp_path))
     for damaged in (b"", b"[1]", b'{"a": "b"}', b"\xff\xfe", b'{"a":' * 100_000, json.dumps({"a": [1]}).encode()):
         (tmp_path / "times.json").write_bytes(damaged)
-        assert _Store().seconds == {}
+        assert TimeStore().seconds == {}
 
     def refuse(handle: int) -> None:
         raise FULL
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.warns(TNCompileWarning, match="times.json: cannot be written"):
-        _Store().put({"a": 1.0})
+        TimeStore().put({"a": 1.0})
     assert {*contents(tmp_path)} == {"times.json"}
 
 
