@@ -68,7 +68,7 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
         help="train the cores to give what the dense layers gave on the calibration data, part by part, for so long",
     )
     group.add_argument(
-        "--distill", type=seconds, metavar="SECONDS", help="then train all of them together, for so long"
+        "--end-to-end", action="store_true", help="in the second half of that time, train all of them together"
     )
     group.add_argument(
         "--checkpoint", metavar="FILE", help="where healing is kept; the same command resumes from there"
@@ -77,7 +77,7 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
 
 def is_asked(options: argparse.Namespace) -> bool:
     """Whether any option of a budget, or one that only makes sense with it, was given."""
-    names = ("max_error", "metric", "max_drop", "max_size", "min_speedup", "calibrate", "heal", "distill", "checkpoint")
+    names = ("max_error", "metric", "max_drop", "max_size", "min_speedup", "calibrate", "heal", "checkpoint")
     return any(getattr(options, name) is not None for name in names)
 
 

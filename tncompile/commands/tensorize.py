@@ -24,8 +24,8 @@ from tncompile.errors import TNCompileError
 from tncompile.runtime.files import check_not_the_model, check_writable, write_file
 
 HELP = """\
-Replace dense weights by tensor formats of lower rank and fewer bits, whatever mix of them is best on this machine within
-the budget that you name: --max-error, --metric with --max-drop, --max-size or --min-speedup.
+Replace dense weights by tensor formats of lower rank and fewer bits, whatever mix of them is best on this machine
+within the budget that you name: --max-error, --metric with --max-drop, --max-size or --min-speedup.
 
   tncompile tensorize model.pt2 -o small.onnx --calibrate inputs.npz --max-error 0.01
   tncompile tensorize model.pt2 -o small.onnx --calibrate inputs.npz --metric my.task:accuracy --max-drop 0.01
@@ -90,7 +90,7 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
             loading(options),
             formats=options.formats,
             bits=options.bits if kind == "onnx" else ("fp32",),
-            healing=Healing(options.heal, options.distill, checkpoint),
+            healing=Healing(options.heal, options.end_to_end, checkpoint),
             batch=options.batch,
             sizes=dict(options.dim),
             passes=passes(options) or DEFAULT,

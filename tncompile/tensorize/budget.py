@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,16 +15,16 @@ Prefer = Literal["both", "speed", "size"]
 Metric = Callable[[Callable[..., Any]], float]
 """A task metric, higher is better, of a callable that takes the model's inputs and gives its outputs (as tensors)."""
 
-FORMATS = (
-    "svd",
-    "tensor-train",
-    "matrix-train",
-    "block-train",
-    "tucker",
-    "cp",
-    "kronecker",
-)
-"""What dense weights may become."""
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    "svd": ("SVD", "split"),
+    "tensor-train": ("tensor train",),
+    "matrix-train": ("TT-matrix",),
+    "block-train": ("block train",),
+    "tucker": ("Tucker",),
+    "cp": ("CP",),
+    "kronecker": ("Kronecker sum",),
+}
+"""What dense weights may become: the names that a user gives, and those of the formats in `tncompile.decomp`."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,16 @@ class Predictor:
             self._sites[key] = self._total(program)
         return self._sites[key]
 
+    def planned(self, site: Site, replacement: Replacement | None, batch: int) -> tuple[Network, ...]:
+        """The networks that `seconds` prices, scheduled for one batch size; none for a site that is gathered from."""
+        if self._gathers(site):
+            return ()
+        program = self._program(site, replacement)
+        context = replace(self.context, batches=(batch,))
+        for step in (*self._passes(program), Order()):
+            program, _ = step.run(program, context)
+        return tuple(n for n in program.networks if n.operands and n.cores)
+
     # ------------------------------------------------------------------------------ the program around a site
 
     def _networks(self, site: Site) -> list[Network]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tncompile.ir import Array
 from tncompile.tensorize.budget import Budget
-from tncompile.tensorize.measure import as_tensors, distance
+from tncompile.tensorize.data import Calibration
+from tncompile.tensorize.evaluation import Evaluation, Run
+from tncompile.tensorize.measure import as_tensors
 from tncompile.tensorize.metric import value_of
-
-Run = Callable[[Mapping[str, Array]], Sequence[Array]]
-"""A model: arrays by input name to its outputs in order."""
+from tncompile.tensorize.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -24,29 +23,35 @@ class Found:
 
 
 class Judge:
-    """Compares models with the one that came in, which is `reference`, on `runs` of held-out data.
+    """Compares models with the one that came in, on held-out data where there are any.
 
-    TNCompileError where the metric fails on the reference.
+    TNCompileError where the metric fails on the model that came in.
     """
 
-    def __init__(
-        self, budget: Budget, reference: Run, runs: Sequence[Mapping[str, Array]], inputs: Sequence[str]
-    ) -> None:
+    def __init__(self, budget: Budget, runner: Runner, held: Calibration | None, inputs: Sequence[str]) -> None:
         self.budget = budget
-        self.runs = runs
         self.inputs = inputs
-        self.expected = [reference(feeds) for feeds in runs]
-        self.metric = None if budget.metric is None else value_of(budget.metric, as_tensors(reference, inputs))
+        self._evaluation = None if held is None else Evaluation(runner, held)
+        self.before = None if budget.metric is None else self._value(lambda feeds: runner.run(feeds).outputs)
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to judge by."""
+        return self._evaluation is not None or self.before is not None
 
     def __call__(self, run: Run) -> Found:
         """What a model is like."""
-        error = distance((run(feeds) for feeds in self.runs), self.expected) if self.runs else None
-        if self.budget.metric is None or self.metric is None:
+        error = None if self._evaluation is None else self._evaluation.of(run)
+        if self.before is None:
             return Found(error)
-        value = value_of(self.budget.metric, as_tensors(run, self.inputs))
-        return Found(error, value, self.metric - value)
+        value = self._value(run)
+        return Found(error, value, self.before - value)
 
     def accepts(self, found: Found) -> bool:
         """Whether a model is within the budget's error and drop."""
         limits = ((found.error, self.budget.max_error), (found.drop, self.budget.max_drop))
         return all(limit is None or value is None or value <= limit for value, limit in limits)
+
+    def _value(self, run: Run) -> float:
+        assert self.budget.metric is not None
+        return value_of(self.budget.metric, as_tensors(run, self.inputs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from tncompile.errors import TNCompileError
 from tncompile.ir import Array
 from tncompile.runtime.session import Session
 from tncompile.runtime.timing import race
+from tncompile.tensorize.evaluation import Run
 
 SECONDS = 4.0
 """How long the files are timed at each batch size."""
@@ -48,21 +49,7 @@ def times(files: Mapping[str, Session], feeds: Mapping[int, Mapping[str, Array]]
     return found
 
 
-def distance(found: Iterable[Sequence[Array]], expected: Iterable[Sequence[Array]]) -> float:
-    """``|y - y0| / |y0|`` over the floating outputs of all runs, in the Frobenius norm."""
-    wrong = norm = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
-        for y, y0 in zip(ours, theirs, strict=True):
-            if np.asarray(y0).dtype.kind == "f":
-                wide = np.asarray(y0, np.float64)
-                wrong += float(np.sum((np.asarray(y, np.float64) - wide) ** 2))
-                norm += float(np.sum(wide**2))
-    if not np.isfinite(wrong):
-        return float("inf")
-    return float(np.sqrt(wrong / norm)) if norm else (0.0 if wrong == 0 else float("inf"))
-
-
-def as_tensors(run: Callable[[Mapping[str, Array]], Sequence[Array]], names: Sequence[str]) -> Callable[..., Any]:
+def as_tensors(run: Run, names: Sequence[str]) -> Callable[..., Any]:
     """A model for a task metric: takes tensors or arrays in the order of the inputs, or by their names, and gives a
     tensor, or a tuple of several."""
 
@@ -73,7 +60,7 @@ def as_tensors(run: Callable[[Mapping[str, Array]], Sequence[Array]], names: Seq
         feeds = {
             n: v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else np.asarray(v) for n, v in given.items()
         }
-        outputs = tuple(torch.from_numpy(np.array(y)) for y in run(feeds))
+        outputs = tuple(torch.from_numpy(np.array(y)) for y in run(feeds).values())
         return outputs[0] if len(outputs) == 1 else outputs
 
     return call

@@ -10,6 +10,7 @@ import numpy as np
 
 from tncompile.ir import Array
 from tncompile.runtime.quantize import simulated
+from tncompile.tensorize.moments import Moments
 from tncompile.tensorize.search import Option, front
 from tncompile.tensorize.sites import Replacement, Site
 
@@ -22,25 +23,19 @@ ROUNDED_ACTIVATIONS = ("int8", "int8-static")
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a site's inputs are like: second moments [in, in] of a row of them (None where there is no data), and the
-    step between two neighbours of 8 bits over the range that they take."""
+    """What a site's inputs are like: their second moments (None where there is no data), and the step between two
+    neighbours of 8 bits over the range that they take."""
 
-    moments: Array | None = None
+    moments: Moments | None = None
     step: float | None = None
 
 
-def local_error(exact: Array, found: Array, moments: Array | None) -> float:
-    """``|x (W - V)| / |x W|`` over inputs of some second moments [in, in]; of the weights where there are none.
-
-    ``E |x D|^2 = tr(D' M D)``.
-    """
-    difference = found - exact
-    if moments is None:
-        wrong, norm = float(np.sum(difference**2)), float(np.sum(exact**2))
-    else:
-        wrong = float(np.sum((moments @ difference) * difference))
-        norm = float(np.sum((moments @ exact) * exact))
-    return math.sqrt(max(wrong, 0.0) / norm) if norm > 0 else 0.0
+def local_error(exact: Array, found: Array, moments: Moments | None) -> float:
+    """``|x (W - V)| / |x W|`` over inputs of some moments; of the weights where there are none."""
+    if moments is not None:
+        return moments.error(exact, found)
+    norm = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(found - exact)) / norm if norm else 0.0
 
 
 def rounding_error(site: Site, replacement: Replacement | None, bits: str, statistics: Statistics) -> float:
@@ -58,9 +53,9 @@ def rounding_error(site: Site, replacement: Replacement | None, bits: str, stati
     cores = 1 if replacement is None else len(replacement.factorized.cores)
     if statistics.moments is None or statistics.step is None:
         return math.hypot(weights, math.sqrt(cores) * UNKNOWN_ACTIVATIONS)
-    norm = float(np.sum((statistics.moments @ exact) * exact))
-    noise = statistics.step**2 / 12 * float(np.sum(exact**2))
-    return math.hypot(weights, math.sqrt(cores * noise / norm) if norm > 0 else 0.0)
+    norm = statistics.moments.norm(exact)
+    noise = statistics.step * float(np.linalg.norm(exact)) / math.sqrt(12)
+    return math.hypot(weights, math.sqrt(cores) * noise / norm if norm else 0.0)
 
 
 def _dense(site: Site, replacement: Replacement | None) -> Array:

@@ -49,10 +49,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Healing:
-    """How long to train the cores for: part by part, then all together; and where to keep that."""
+    """How many seconds to train the cores for, part by part, then, where `end_to_end`, all together; and where that is
+    kept."""
 
     seconds: float | None = None
-    together: float | None = None
+    end_to_end: bool = False
     checkpoint: Path | None = None
 
 
@@ -140,7 +141,7 @@ def tensorize_model(
     calibration: Any,
     budget: Budget,
     *,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = tuple(FORMATS),
     bits: Sequence[str] = BITS,
     healing: Healing = Healing(),
     model: str = "",
@@ -153,7 +154,7 @@ def tensorize_model(
     weights may become; ``("fp32",)`` gives a model to train further. Further options as in `compile_exported`. Raises
     TNCompileError where nothing is within the budget.
     """
-    if isinstance(loaded, OnnxModel) and (healing.seconds or healing.together):
+    if isinstance(loaded, OnnxModel) and healing.seconds:
         raise UnsupportedError("a model that came in as ONNX cannot be trained, and so not be healed")
     return _Search(loaded, calibration, budget, formats, bits, healing, model, progress, compiling).run()
 
@@ -192,21 +193,21 @@ class _Search:
 
     def run(self) -> Tensorized:
         """All stages in order."""
-        made = prepare(self.loaded, self.calibration, self.budget, self.compiling, self.progress)
+        made = prepare(self.loaded, self.calibration, self.formats, self.compiling, self.progress)
         self.notes += made.notes
         self._took("prepare")
         dense = realize(self.loaded, Plan(()), (), self.compiling)
         files = {DENSE: dense.data, **self._whole(made, dense)}
-        judge = Judge(self.budget, made.run, made.held, made.inputs)
+        judge = Judge(self.budget, made.runner, made.held, made.inputs)
         self._took("without formats")
         measured = self._measured(made, judge, files)
         self._took("measure")
-        sites = fronts(made, self.formats, self.bits, measured[DENSE], self.progress)
+        sites = fronts(made, self.bits, measured[DENSE].ms, self.progress)
         self._took("ways")
         found = self._fitted(made, judge, sites, measured[DENSE])
         ours = self._tensorized(made, judge, sites, found, measured[DENSE])
         if ours is not None:
-            realized, plan = ours
+            realized = ours[0]
             files[OURS] = realized.data
             measured = self._measured(made, judge, files)
             self.notes += realized.notes
@@ -239,19 +240,22 @@ class _Search:
         for name, session in sessions.items():
             if name not in self.known:
                 self.progress(f"evaluating {name}")
-                self.known[name] = judge(lambda feeds, s=session: list(s.run(s.feeds(feeds)).values()))
+                self.known[name] = self._judged(judge, session)
             like = self.known[name]
             found[name] = Measured(name, len(files[name]), ms[name], like.error, like.metric, like.drop)
         return found
+
+    def _judged(self, judge: Judge, session: Session) -> Found:
+        return judge(lambda feeds: session.run(session.feeds(feeds)))
 
     def _fitted(self, made: Prepared, judge: Judge, sites: Sites, dense: Measured) -> Fitted | None:
         """The plan for the largest error that an evaluation of its weights accepts."""
 
         def evaluate(plan: Plan) -> Found:
-            if not made.held and self.budget.metric is None:
+            if not judge.measures:
                 return Found(plan.error)  # that of the weights, which is all there is
             weights = {name: array for option in plan.options for name, array in rounded(option).items()}
-            return judge(lambda feeds: made.run(feeds, weights))
+            return judge(lambda feeds: made.runner.run(feeds, weights).outputs)
 
         if self.budget.bounds_error:
             return fit(judge, lambda limit: self._plan(made, sites, dense, limit), evaluate, self.progress)
@@ -286,7 +290,7 @@ class _Search:
             realized = realize(student, plan, made.train, self.compiling)
             self._took("compile")
             session = Session(realized.data)
-            like = judge(lambda feeds, s=session: list(s.run(s.feeds(feeds)).values()))  # type: ignore[misc]
+            like = self._judged(judge, session)
             most = self._max_size(dense)
             if judge.accepts(like) and (most is None or len(realized.data) <= most):
                 self.known[OURS] = like
@@ -307,7 +311,12 @@ class _Search:
             )
             plan = Plan(tuple(options))
         student = substituted(self.loaded, replacements(plan))
-        if not cores or not (self.healing.seconds or self.healing.together):
+        if (
+            not cores
+            or not self.healing.seconds
+            or isinstance(student, OnnxModel)
+            or isinstance(self.loaded, OnnxModel)
+        ):
             return plan, student
         if not made.train:
             raise TNCompileError("healing needs calibration data (--calibrate)")
@@ -316,10 +325,11 @@ class _Search:
             self.loaded,
             made.train,
             seconds=self.healing.seconds,
-            end_to_end=self.healing.together,
+            end_to_end=self.healing.end_to_end,
             checkpoint=self.healing.checkpoint,
-            progress=self.progress,
+            progress=lambda message: self.progress(f"healing: {message}"),
         )
+        self.notes += [f"healed: output error {healed.before:.2g} -> {healed.after:.2g}", *healed.notes]
         return plan, healed.exported
 
     # ------------------------------------------------------------------------------ the end

@@ -1,0 +1,151 @@
+"""What there is to choose from: for each site, formats and ranks times bits, with their errors, times and bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tncompile.errors import TNCompileError
+from tncompile.ir import Array, dims
+from tncompile.runtime.quantize import BITS, STORED, stored_bytes
+from tncompile.runtime.quantized_time import seconds as timed
+from tncompile.runtime.tuner import model_of
+from tncompile.tensorize.candidates import Candidate
+from tncompile.tensorize.cost import Predictor
+from tncompile.tensorize.options import options
+from tncompile.tensorize.prepare import Prepared
+from tncompile.tensorize.search import Option, Sites
+from tncompile.tensorize.sites import Replacement, Site
+
+TIMING = 90.0
+"""Seconds to time candidates in fewer bits for; after that, ratios are those of the dense layer."""
+
+EACH = 0.12
+"""Seconds for each of them at each batch size."""
+
+_TABLE = ("fp32", "fp16", "int8-weights", "int8", "int4-weights", "int4")
+_KERNEL = ("fp32", "fp16", "int8-weights", "int8-static", "int4-weights")
+
+
+def fronts(
+    made: Prepared, bits: Sequence[str], dense_ms: Mapping[int, float], progress: Callable[[str], None]
+) -> Sites:
+    """The Pareto fronts of all sites of a model whose dense file takes `dense_ms` at each batch size.
+
+    Predicted times count in the mean of the batch sizes, each relative to the dense model's there.
+    """
+    predictor = Predictor(made.program, made.context)
+    weigh = _Weighing(made, predictor, dense_ms)
+    clock = _Clock(made, predictor, time.perf_counter() + TIMING)
+    alone: list[tuple[Option, ...]] = []
+    joint: list[tuple[Option, ...]] = []
+    for sites, into in ((made.sites, alone), (made.joint, joint)):
+        for number, site in enumerate(sites):
+            progress(f"ways to keep {site.name} ({number + 1} of {len(sites)})")
+            found = _options(made, site, _possible(site, bits), predictor, weigh, clock)
+            if found:
+                into.append(found)
+    return Sites(tuple(alone), tuple(joint), weigh.rest, made.rest_size)
+
+
+def _possible(site: Site, bits: Sequence[str]) -> tuple[str, ...]:
+    part = site.parts[0]
+    if part.gathered:
+        known: Sequence[str] = _TABLE
+    else:
+        known = _KERNEL if any(use.term.windows for use in part.uses) else BITS
+    return tuple(b for b in BITS if b in bits and b in known) or ("fp32",)
+
+
+def _options(
+    made: Prepared, site: Site, bits: Sequence[str], predictor: Predictor, weigh: _Weighing, clock: _Clock
+) -> tuple[Option, ...]:
+    found: list[Candidate | None] = [*made.candidates[site.name]]
+    if len(site.parts) == 1:
+        found.append(None)  # of several weights together, dense is what each is alone
+    ways = {}
+    for candidate in found:
+        replacement = None if candidate is None else candidate.replacement
+        predicted = predictor.seconds(site, replacement)
+        ratios = clock.ratios(site, replacement, bits)
+        seconds = {b: weigh(tuple(t * r for t, r in zip(predicted, ratios[b], strict=True))) for b in bits}
+        sizes = {b: _bytes(site, replacement, b) for b in bits}
+        error = 0.0 if candidate is None else candidate.error
+        ways[replacement] = (error, {b: s for b, s in seconds.items() if s < math.inf}, sizes)
+    return options(site, ways, made.sensitivity[site.name], made.statistics[site.name])
+
+
+def _bytes(site: Site, replacement: Replacement | None, bits: str) -> int:
+    if replacement is None:
+        return sum(stored_bytes(part.matrix.shape, bits, 0 if part.gathered else 1) for part in site.parts)
+    cores = replacement.factorized.cores
+    return sum(stored_bytes(core.shape, bits) for core in cores)
+
+
+class _Weighing:
+    """Seconds at each batch size as one number, in which the dense model takes the mean of what it takes at each.
+
+    Where the networks of all sites are predicted to take longer than the whole dense file was measured to, predictions
+    are scaled. `rest` is what the dense file takes beside these networks.
+    """
+
+    def __init__(self, made: Prepared, predictor: Predictor, dense_ms: Mapping[int, float]) -> None:
+        batches = made.context.batches
+        predicted = np.sum([predictor.seconds(site) for site in made.sites], axis=0)
+        measured = np.array([dense_ms.get(b, next(iter(dense_ms.values()))) / 1e3 for b in batches])
+        self._scale = np.minimum(1.0, 0.95 * measured / np.maximum(predicted, 1e-12))
+        mean = float(np.exp(np.mean(np.log(measured))))
+        self._weights = mean / measured / len(batches)
+        self.rest = max(0.0, mean - self(tuple(predicted)))
+
+    def __call__(self, seconds: Sequence[float]) -> float:
+        return float(np.sum(np.asarray(seconds) * self._scale * self._weights))
+
+
+@dataclass
+class _Clock:
+    """How many times as long networks take in other bits, by measurement, while there is time for it."""
+
+    made: Prepared
+    predictor: Predictor
+    end: float
+    known: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def ratios(self, site: Site, replacement: Replacement | None, bits: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        """For each of some bits the ratio to float32 at each batch size; inf where ONNX Runtime has no such way."""
+        batches = self.made.context.batches
+        computed = [b for b in bits if b not in STORED and b != "fp32"]
+        found = {b: [1.0] * len(batches) for b in bits}
+        if not computed or site.parts[0].gathered:
+            return {b: tuple(r) for b, r in found.items()}
+        if replacement is not None and time.perf_counter() > self.end:
+            return self.ratios(site, None, bits)
+        for k, batch in enumerate(batches):
+            for b, ratio in self._measured(site, replacement, computed, batch).items():
+                found[b][k] = ratio
+        return {b: tuple(r) for b, r in found.items()}
+
+    def _measured(
+        self, site: Site, replacement: Replacement | None, bits: Sequence[str], batch: int
+    ) -> dict[str, float]:
+        networks = self.predictor.planned(site, replacement, batch)
+        symbols = self.made.context.symbols(batch)
+        generator = np.random.default_rng(0)
+        before, after = 0.0, dict.fromkeys(bits, 0.0)
+        for network in networks:
+            feeds: dict[str, Array] = {}
+            for operand in network.operands:
+                shape = [dims.evaluate(d, symbols) for d in operand.shape]
+                feeds[operand.name] = np.asarray(generator.standard_normal(shape), network.dtype)
+            try:
+                times = timed(model_of(network), ("fp32", *bits), feeds, budget_s=EACH * (1 + len(bits)))
+            except TNCompileError:
+                continue
+            before += times["fp32"]
+            for b in bits:
+                after[b] += times[b]
+        return {b: after[b] / before if before else 1.0 for b in bits}
