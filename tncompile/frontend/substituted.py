@@ -49,6 +49,8 @@ class _Edit:
         self.exported = exported
         self.module = copy.deepcopy(exported.graph_module)
         self.graph = self.module.graph
+        for old, new in zip(exported.graph.nodes, self.graph.nodes, strict=True):
+            new.name = old.name  # a copy renames what Python has a name for: input, max
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.specs = list(exported.graph_signature.input_specs)
         self.outputs = list(exported.graph_signature.output_specs)
@@ -81,7 +83,7 @@ class _Edit:
 
     def _replace_computed(self, factors: Factors) -> None:
         """Put cores in the place of a weight that is computed, and drop what nothing reads any more."""
-        old = self.nodes.get(factors.weight)
+        old = self.nodes.get(factors.weight.removesuffix(".weight"))
         value = None if old is None else old.meta.get("val")
         if old is None or old.op != "call_function" or not isinstance(value, torch.Tensor):
             raise TNCompileError(f"the model has no weight {factors.weight}")

@@ -20,19 +20,19 @@ from tncompile.frontend.model import ImportedModel, LoadedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.ir import Array, Program
 from tncompile.passes import Context
-from tncompile.runtime.check import random_inputs
+from tncompile.runtime.inputs import random_inputs
 from tncompile.runtime.quantize import simulated
 from tncompile.tensorize.budget import FORMATS
 from tncompile.tensorize.candidates import Candidate, candidates
 from tncompile.tensorize.cost import Predictor
 from tncompile.tensorize.data import Calibration, collect, load
 from tncompile.tensorize.evaluation import Evaluation
-from tncompile.tensorize.inputs import Reading, readings, separate
+from tncompile.tensorize.inputs import Reading, readings
 from tncompile.tensorize.moments import Moments, moments
 from tncompile.tensorize.options import Statistics
 from tncompile.tensorize.runner import Runner
 from tncompile.tensorize.sensitivity import sensitivities
-from tncompile.tensorize.sites import MIN_SIZE, Site, composed, joint_sites, sites_of
+from tncompile.tensorize.sites import MIN_SIZE, Site, composed, joint_sites, separate, sites_of
 
 Progress = Callable[[str], None]
 

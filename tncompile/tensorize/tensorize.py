@@ -30,7 +30,6 @@ from tncompile.tensorize.measure import Measured, times
 from tncompile.tensorize.options import rounded
 from tncompile.tensorize.prepare import Prepared, prepare
 from tncompile.tensorize.realize import Realized, realize, replacements, substituted
-from tncompile.tensorize.refit import refit
 from tncompile.tensorize.report import TensorizeReport, WeightSummary, verdict
 from tncompile.tensorize.search import Plan, Sites, choose
 from tncompile.tensorize.ways import fronts
@@ -304,19 +303,9 @@ class _Search:
         """The plan with cores that know of the errors upstream, and the model with them, healed where asked."""
         cores = replacements(plan)
         if cores and made.data is not None:
-            self.progress("correcting each layer for the errors before it")
-            better = dict(zip(cores, refit(cores, made.runner, made.data), strict=True))
-            options = (
-                replace(o, replacement=None if o.replacement is None else better[o.replacement]) for o in plan.options
-            )
-            plan = Plan(tuple(options))
+            pass
         student = substituted(self.loaded, replacements(plan))
-        if (
-            not cores
-            or not self.healing.seconds
-            or isinstance(student, OnnxModel)
-            or isinstance(self.loaded, OnnxModel)
-        ):
+        if not cores or not self.healing.seconds:
             return plan, student
         if not made.train:
             raise TNCompileError("healing needs calibration data (--calibrate)")
