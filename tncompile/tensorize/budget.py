@@ -69,12 +69,15 @@ class Budget:
         return self.max_error is not None or self.metric is not None
 
     def __str__(self) -> str:
-        limits = [f"output error up to {self.max_error:g}"] * (self.max_error is not None)
-        limits += [f"metric down by up to {self.max_drop:g}" if self.max_drop is not None else ""]
+        limits: list[str] = []
+        if self.max_error is not None:
+            limits.append(f"output error up to {self.max_error:g}")
+        if self.max_drop is not None:
+            limits.append(f"metric down by up to {self.max_drop:g}")
         if self.max_size is not None:
-            limits.append(
-                f"size up to {self.max_size:.0%} of dense" if self.max_size < 1 else f"up to {self.max_size / 1e6:g} MB"
-            )
-        limits += [f"at least {self.min_speedup:g} times as fast"] * (self.min_speedup is not None)
+            share = self.max_size < 1
+            limits.append(f"size up to {self.max_size:.0%} of dense" if share else f"up to {self.max_size / 1e6:g} MB")
+        if self.min_speedup is not None:
+            limits.append(f"at least {self.min_speedup:g} times as fast")
         best = {"both": "time and size", "speed": "time", "size": "size"}[self.prefer] if self.bounds_error else "error"
-        return f"{', '.join(filter(None, limits))}; least {best}"
+        return f"{', '.join(limits)}; least {best}"

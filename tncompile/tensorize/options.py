@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,21 +86,23 @@ def rounded(option: Option) -> dict[str, Array]:
     return site.restored(matrix)
 
 
-def options(
-    site: Site,
-    ways: Mapping[Replacement | None, tuple[float, Mapping[str, float], Mapping[str, int]]],
-    sensitivity: float,
-    statistics: Statistics,
-) -> tuple[Option, ...]:
-    """The Pareto front of a site's ways.
+@dataclass(frozen=True)
+class Way:
+    """A replacement (None: dense) with the relative error of the site's output, and for each of the bits that it can be
+    kept in the seconds and bytes."""
 
-    `ways` has for each replacement (None: dense) the relative error of the site's output, and for each of the bits that
-    it can be kept in the seconds and bytes. `sensitivity` is the relative error of the model's outputs over that of
-    the site's.
-    """
+    replacement: Replacement | None
+    error: float
+    seconds: Mapping[str, float]
+    sizes: Mapping[str, int]
+
+
+def options(site: Site, ways: Iterable[Way], sensitivity: float, statistics: Statistics) -> tuple[Option, ...]:
+    """The Pareto front of a site's ways; `sensitivity` is the relative error of the model's outputs over that of the
+    site's."""
     found = []
-    for replacement, (error, seconds, sizes) in ways.items():
-        for bits in seconds:
-            local = math.hypot(error, rounding_error(site, replacement, bits, statistics))
-            found.append(Option(site, replacement, bits, sensitivity * local, seconds[bits], sizes[bits]))
+    for way in ways:
+        for bits, seconds in way.seconds.items():
+            local = math.hypot(way.error, rounding_error(site, way.replacement, bits, statistics))
+            found.append(Option(site, way.replacement, bits, sensitivity * local, seconds, way.sizes[bits]))
     return front(found)

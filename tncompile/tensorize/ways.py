@@ -16,7 +16,7 @@ from tncompile.runtime.quantized_time import seconds as timed
 from tncompile.runtime.tuner import model_of
 from tncompile.tensorize.candidates import Candidate
 from tncompile.tensorize.cost import Predictor
-from tncompile.tensorize.options import options
+from tncompile.tensorize.options import Way, options
 from tncompile.tensorize.prepare import Prepared
 from tncompile.tensorize.search import Option, Sites
 from tncompile.tensorize.sites import Replacement, Site
@@ -67,7 +67,7 @@ def _options(
     found: list[Candidate | None] = [*made.candidates[site.name]]
     if len(site.parts) == 1:
         found.append(None)  # of several weights together, dense is what each is alone
-    ways = {}
+    ways = []
     for candidate in found:
         replacement = None if candidate is None else candidate.replacement
         predicted = predictor.seconds(site, replacement)
@@ -75,7 +75,7 @@ def _options(
         seconds = {b: weigh(tuple(t * r for t, r in zip(predicted, ratios[b], strict=True))) for b in bits}
         sizes = {b: _bytes(site, replacement, b) for b in bits}
         error = 0.0 if candidate is None else candidate.error
-        ways[replacement] = (error, {b: s for b, s in seconds.items() if s < math.inf}, sizes)
+        ways.append(Way(replacement, error, {b: s for b, s in seconds.items() if s < math.inf}, sizes))
     return options(site, ways, made.sensitivity[site.name], made.statistics[site.name])
 
 
