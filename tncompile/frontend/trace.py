@@ -107,9 +107,9 @@ def _export(module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any) -> tor
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep torch from logging what is raised as well."""
-    logger = logging.getLogger("torch")
+def silence(library: str = "torch") -> Iterator[None]:
+    """Keep a library from logging what is raised, or told otherwise, as well."""
+    logger = logging.getLogger(library)
     before = logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [logging.NullHandler()], False
     try:

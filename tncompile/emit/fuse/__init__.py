@@ -28,7 +28,7 @@ RULES = (
 
 def fuse(model: onnx_ir.Model) -> None:
     """Apply all rules, in place."""
-    with silence():  # of models that cannot run: the check says so
+    with silence("onnx_ir"):  # of models that cannot run: the check says so
         onnx_passes.ShapeInferencePass()(model)
     for rule in RULES:
         if rule(model.graph):
