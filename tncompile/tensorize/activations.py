@@ -53,7 +53,9 @@ class Store:
             mapped = torch.from_file(str(path), True, tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
         except RuntimeError as error:  # a full disk
             reason = str(error).splitlines()[0]
-            raise TNCompileError(f"activations of the calibration data cannot be kept in {self.folder}: {reason}") from error
+            raise TNCompileError(
+                f"activations of the calibration data cannot be kept in {self.folder}: {reason}"
+            ) from error
         weakref.finalize(mapped, path.unlink, missing_ok=True)
         return mapped.copy_(tensor).to(tensor.device)
 

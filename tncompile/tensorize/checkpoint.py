@@ -15,14 +15,13 @@ import safetensors.torch
 import torch
 
 from tncompile.errors import LoadError, TNCompileError
-from tncompile.ir import Array
 from tncompile.runtime.files import write_file
 from tncompile.tensorize.distil import Progress
 
 VERSION = 1
 _KEY = "tncompile.healing"
 _TENSORS = ("now", "best", "first", "second")
-_NUMBERS = ("before", "loss", "step", "waited")
+_NUMBERS = ("before", "loss", "step", "waited", "falls")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _position(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
     return Position(
         tuple(Stage(**{**stage, "weights": tuple(stage["weights"])}) for stage in record["stages"]),
         healed,
-        None if numbers is None else Progress(**groups, **numbers),
+        None if numbers is None else Progress(**{**groups, **numbers}),
         record["seconds"],
         record["part"],
         record["share"],

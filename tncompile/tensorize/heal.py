@@ -23,8 +23,9 @@ from tncompile.tensorize import checkpoint as checkpoints
 from tncompile.tensorize.activations import Feeds, Store, runs_of
 from tncompile.tensorize.checkpoint import Position, Stage
 from tncompile.tensorize.distil import Lesson, Loss, Progress, Training
-from tncompile.tensorize.flow import Flow, Part, Values, aligned, canonical
+from tncompile.tensorize.flow import Flow, Part, Passage, Values
 from tncompile.tensorize.slices import Slice, read_outside, slices_of, trainable, trained
+from tncompile.tensorize.student import aligned, changed, with_weights
 
 MEMORY = 1 << 30
 END_TO_END = "end to end"
@@ -98,7 +99,9 @@ def heal(
     """
     for model in (student, teacher):
         if isinstance(model, OnnxModel):
-            raise UnsupportedError("an ONNX model cannot be trained by PyTorch; heal the model that it was exported from")
+            raise UnsupportedError(
+                "an ONNX model cannot be trained by PyTorch; heal the model that it was exported from"
+            )
     if seconds is None and steps is None:
         raise TNCompileError("healing needs a limit: give seconds or steps")
     if (seconds is not None and not seconds >= 0) or (steps is not None and steps < 0):
@@ -151,7 +154,7 @@ class _Healing:
         self.report = report or (lambda message: None)
         self.student, self.teacher = Flow(student), Flow(teacher)
         aligned(self.teacher, self.student)
-        self.cores, self.changed = _changed(self.student, self.teacher)
+        self.cores, self.changed = changed(self.student, self.teacher)
         self.slices = slices_of(self.student, self.changed)
         self.notes: list[str] = []
         self.position = Position()
@@ -178,7 +181,7 @@ class _Healing:
             self.position, after = replace(self.position, healed={}), before
         stages = self.position.stages
         return Healed(
-            _with_weights(self.original, self.position.healed),
+            with_weights(self.original, self.position.healed),
             before,
             after,
             stages[: len(self.slices)],
@@ -204,9 +207,11 @@ class _Healing:
         self.taught = tuple(taught)
         self.held_out = tuple(number for number in range(len(runs)) if number not in {*taught}) or self.taught
         if self.held_out == self.taught:
-            self.notes.append("one run of calibration data: nothing is held out, so the errors are those on what was learned")
+            self.notes.append(
+                "one run of calibration data: nothing is held out, so the errors are those on what was learned"
+            )
         start = self.slices[0].start
-        prefix = _Passage(self.teacher, len(self.teacher.inputs), start)
+        prefix = Passage(self.teacher, len(self.teacher.inputs), start)
         self.base = [self.store.keep(prefix(run, self.teacher.tensors)) for run in runs]
         end = len(self.student.varying)
         ends = tuple(n for n in self.student.outputs if n >= start and self.student.moving[n])
@@ -231,8 +236,8 @@ class _Healing:
                 raise UnsupportedError(f"the model's {name} is not finite on the calibration data: it cannot be healed")
             if not torch.allclose(answer, again[number], rtol=1e-3, atol=1e-3 * float(answer.abs().max())):
                 raise UnsupportedError(
-                    "the model draws random numbers, so there is nothing to train towards; export it in evaluation mode "
-                    "(model.eval())"
+                    "the model draws random numbers, so there is nothing to train towards; export it in evaluation "
+                    "mode (model.eval())"
                 )
 
     def _resume(self) -> str:
@@ -257,11 +262,13 @@ class _Healing:
             self.given: list[Values] = list(self.base)
             self.taughts: list[Values] = list(self.base)
         ours, theirs = self.student, self.teacher
-        through = _Passage(theirs, part.start, part.end, part.targets)
+        through = Passage(theirs, part.start, part.end, part.targets)
         targets = [self.store.keep(through(values, theirs.tensors)) for values in self.taughts]
         if len(self.position.stages) <= number:
             keys = trained(ours, part, self.cores, self.limits.vectors, read_outside(ours, part))
-            lesson = Lesson(ours.part(part.start, part.end, part.targets), self.given, targets, self.taught, self.held_out)
+            lesson = Lesson(
+                ours.part(part.start, part.end, part.targets), self.given, targets, self.taught, self.held_out
+            )
             if not keys:
                 self.notes.append(f"{part.name}: its weights are shared with other slices, and not trained in this one")
             self._train(number, part.name, lesson, keys, mark, part.sites)
@@ -270,9 +277,9 @@ class _Healing:
             del self.given, self.taughts
             return
         start = self.slices[number + 1].start
-        bridge = _Passage(theirs, part.end, start)
+        bridge = Passage(theirs, part.end, start)
         self.taughts = [self.store.keep(bridge(values, theirs.tensors)) for values in targets]
-        both = _Passage(ours, part.start, start)
+        both = Passage(ours, part.start, start)
         state = {**ours.tensors, **self.position.healed}
         self.given = [self.store.keep(both(values, state)) for values in self.given]
 
@@ -286,7 +293,9 @@ class _Healing:
         lesson = Lesson(self.whole, self.base, answers, self.taught, self.held_out, self.limits.loss)
         self._train(number, END_TO_END, lesson, keys, mark, tuple(sorted(self.cores)))
 
-    def _train(self, number: int, name: str, lesson: Lesson, keys: list[str], mark: str, sites: tuple[str, ...]) -> None:
+    def _train(
+        self, number: int, name: str, lesson: Lesson, keys: list[str], mark: str, sites: tuple[str, ...]
+    ) -> None:
         """Train one stage, and write down what came of it."""
         old = self.position
         stages = len(self.slices) + self.limits.end_to_end
@@ -352,56 +361,3 @@ class _Healing:
                 right += float(answer.double().square().sum())
         error = math.sqrt(wrong / right) if right else math.sqrt(wrong)
         return error if math.isfinite(error) else math.inf
-
-
-class _Passage:
-    """From all values that are live at one place of a graph to all that are at a later one, and to some others."""
-
-    def __init__(self, flow: Flow, start: int, end: int, others: Sequence[int] = ()) -> None:
-        wanted = {*flow.live(end), *others}
-        self.carried = sorted(n for n in wanted if n < start)
-        self.part = flow.part(start, end, sorted(wanted - {*self.carried}))
-
-    def __call__(self, values: Values, state: Mapping[str, torch.Tensor]) -> dict[int, object]:
-        """The values at the end."""
-        return {**{number: values[number] for number in self.carried}, **self.part(values, state)}
-
-
-def _changed(student: Flow, teacher: Flow) -> tuple[frozenset[str], frozenset[str]]:
-    """The weights that only the student has; and those, with the ones that are other numbers than the teacher's."""
-    known = {**teacher.exported.constants, **teacher.exported.state_dict}
-    cores, changed = set(), set()
-    for key, tensor in student.tensors.items():
-        other = known.get(key)
-        if not isinstance(other, torch.Tensor) or other.shape != tensor.shape:
-            cores.add(key)
-        elif not torch.equal(other.detach(), tensor):
-            changed.add(key)
-    return frozenset(cores) & student.parameters, frozenset(cores | changed)
-
-
-def _with_weights(
-    exported: torch.export.ExportedProgram, healed: Mapping[str, torch.Tensor]
-) -> torch.export.ExportedProgram:
-    """The same program with other numbers in some weights; what is tied stays tied."""
-    keys = canonical(exported.state_dict)
-    made: dict[str, torch.Tensor] = {}
-    state = dict(exported.state_dict)
-    for name, tensor in state.items():
-        key = keys.get(name, name)
-        if key in healed:
-            if key not in made:
-                new = healed[key].detach().clone()
-                made[key] = torch.nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else new
-            state[name] = made[key]
-    return torch.export.ExportedProgram(
-        exported.graph_module,
-        exported.graph_module.graph,
-        exported.graph_signature,
-        state,
-        exported.range_constraints,
-        exported.module_call_graph,
-        exported.example_inputs,
-        exported.constants,
-        verifiers=exported.verifiers,
-    )
