@@ -25,8 +25,8 @@ class Flow:
     """
 
     def __init__(self, exported: torch.export.ExportedProgram) -> None:
-        _refuse_writes(exported)
         self.exported = functionalized(exported)
+        _refuse_writes(self.exported)
         self.key_of, self.tensors, self.fixed = self._state()
         self.varying = self._varying()
         self.number = {node: number for number, node in enumerate(self.varying)}

@@ -53,7 +53,7 @@ def slices_of(flow: Flow, changed: Iterable[str]) -> tuple[Slice, ...]:
     if last is None:
         return ()
     cuts = _cuts(flow, places)
-    ends, starts = [c.end for c in cuts] + [last], [places[0]] + [c.start for c in cuts]
+    ends, starts = [c.end for c in cuts] + [last], [_first(flow, places[0])] + [c.start for c in cuts]
     bounds = _unshared(flow, [*zip(starts, ends, strict=True)], replaced)
     return tuple(_slice(flow, start, end, replaced) for start, end in bounds)
 
@@ -125,6 +125,12 @@ def _end(flow: Flow, narrow: Sequence[int]) -> int:
         if _is_heavy(flow.varying[i]):
             return max(place for place in narrow if place <= i)
     return narrow[-1]
+
+
+def _first(flow: Flow, place: int) -> int:
+    """Where the first slice begins: with the norm in front of its first replaced weight, say, which may be trained."""
+    light = takewhile(lambda i: not _is_heavy(flow.varying[i]), range(place - 1, len(flow.inputs) - 1, -1))
+    return min([place, *light], key=lambda i: _passing(flow, i))
 
 
 def _last(flow: Flow, place: int) -> int | None:
