@@ -49,9 +49,7 @@ def feeds(count: int, samples: int, *shape: int, seed: int = 0, name: str = "x")
     """Inputs of a model, normal numbers with correlated features."""
     generator = np.random.default_rng(seed)
     mixing = generator.standard_normal((shape[-1], shape[-1])) / shape[-1] ** 0.5
-    return [
-        {name: (generator.standard_normal((samples, *shape)) @ mixing).astype(np.float32)} for _ in range(count)
-    ]
+    return [{name: (generator.standard_normal((samples, *shape)) @ mixing).astype(np.float32)} for _ in range(count)]
 
 
 class Mlp(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -25,7 +27,7 @@ def cut(module: nn.Module, names: list[str], *example: torch.Tensor) -> list[tup
     student, teacher = flows(module, 2, names, *example)
     _, replaced = changed(student, teacher)
     slices = slices_of(student, replaced)
-    assert all(a.end <= b.start for a, b in zip(slices, slices[1:], strict=False))
+    assert all(a.end <= b.start for a, b in pairwise(slices))
     assert sum(len(part.sites) for part in slices) == 2 * len(names)
     target = [[str(student.varying[n].target) for n in part.targets] for part in slices]
     return [(part.name.split(".parametrizations")[0], t) for part, t in zip(slices, target, strict=True)]
@@ -114,7 +116,7 @@ def test_parts_in_a_row_are_the_whole(model: nn.Module) -> None:
     flow = Flow(trace(model.eval(), (x,)))
     values: dict[int, object] = {0: x}
     places = [1, *range(2, len(flow.varying), 3), len(flow.varying)]
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         values = Passage(flow, start, end, flow.outputs if end == places[-1] else ())(values, flow.tensors)
     (output,) = flow.outputs
     result = values[output]

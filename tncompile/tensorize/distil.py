@@ -35,17 +35,17 @@ class Lesson:
     the distributions over the last axis of which the targets are logits."""
 
     part: Part
-    inputs: Sequence[Values]
-    targets: Sequence[Values]
+    inputs: Mapping[int, Values]
+    targets: Mapping[int, Values]
     taught: tuple[int, ...]
     held_out: tuple[int, ...]
     loss: Loss = "mse"
 
     def scales(self) -> dict[int, float]:
-        """Sum of squares of each target over all runs, per run."""
+        """The sum of squares of each target, its mean over all runs: errors of one size weigh the same in each."""
         found: dict[int, float] = {}
         for number in self.part.gives:
-            squares = [float(run[number].detach().double().square().sum()) for run in self.targets]
+            squares = [float(run[number].detach().double().square().sum()) for run in self.targets.values()]
             found[number] = max(sum(squares) / len(squares), 1e-30)
         return found
 
