@@ -15,7 +15,8 @@ from tncompile.ir import Array
 from tncompile.tensorize.flow import Flow, Values
 
 BATCH = 32
-"""Samples of a run, of a model that takes any number of them: of few samples fewer, so that there are many runs."""
+RUNS = 16
+"""Samples of a run, of a model that takes any number of them: fewer where there would be less than that many runs."""
 
 Feeds = Mapping[str, Array]
 
@@ -73,7 +74,7 @@ def runs_of(flow: Flow, feeds: Sequence[Feeds]) -> list[dict[int, torch.Tensor]]
         return found
     whole = {n: torch.cat([run[n] for run in found]) for n in found[0]}
     samples = len(whole[0])
-    size = min(BATCH, max(1, samples // 10))
+    size = min(BATCH, max(1, samples // RUNS))
     return [{n: t[i : i + size] for n, t in whole.items()} for i in range(0, samples, size)]
 
 
@@ -106,6 +107,8 @@ def _tensor(flow: Flow, number: int, feed: Feeds) -> torch.Tensor:
             f"the calibration data for {node.name} is of shape {tuple(tensor.shape)}; the model takes "
             f"{tuple(str(size) for size in expected.shape)}"
         )
+    if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+        raise TNCompileError(f"the calibration data for {node.name} has numbers that are NaN; leave those samples out")
     return tensor.to(expected.dtype).to(expected.device)
 
 

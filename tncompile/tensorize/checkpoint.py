@@ -21,7 +21,7 @@ from tncompile.tensorize.distil import Progress
 VERSION = 1
 _KEY = "tncompile.healing"
 _TENSORS = ("now", "best", "first", "second")
-_NUMBERS = ("before", "loss", "step", "waited")
+_NUMBERS = ("before", "loss", "step", "waited", "falls")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Position:
-    """Where healing is.
+    """Where healing is, with so many `runs` of the calibration data (0: not yet chosen).
 
     `stages` are done, with the weights `healed`; of the next one `training` has been done in `part` seconds of the
-    `share` that it has. `seconds`: taken so far. `before` and `errors`: the model's output error at the start and after
-    the slices; `kept`: the weights to go back to, should training from end to end not help.
+    `share` that it has. `seconds`: taken so far.
     """
 
+    runs: int = 0
     stages: tuple[Stage, ...] = ()
     healed: Mapping[str, torch.Tensor] = field(default_factory=dict)
     training: Progress | None = None
@@ -80,6 +80,7 @@ def save(path: Path, mark: str, position: Position) -> None:
         "fingerprint": mark,
         "stages": [asdict(stage) for stage in position.stages],
         "training": None if training is None else {name: getattr(training, name) for name in _NUMBERS},
+        "runs": position.runs,
         "seconds": position.seconds,
         "part": position.part,
         "share": position.share,
@@ -115,9 +116,10 @@ def _position(record: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
     healed = groups.pop("healed")
     numbers = record["training"]
     return Position(
+        record["runs"],
         tuple(Stage(**{**stage, "weights": tuple(stage["weights"])}) for stage in record["stages"]),
         healed,
-        None if numbers is None else Progress(**groups, **numbers),
+        None if numbers is None else Progress(**{**groups, **numbers}),
         record["seconds"],
         record["part"],
         record["share"],

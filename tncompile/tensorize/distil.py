@@ -19,10 +19,13 @@ RATE = 0.02
 SMALLEST = 1e-2
 """The root mean square that a weight is taken to have at least, so that a bias of zeros can move."""
 
-PATIENCE = 6
-"""Evaluations without a gain of `GAIN` after which training ends early."""
+PATIENCE = 5
+"""Evaluations without a gain of `GAIN` after which training goes back to the best weights, with smaller steps."""
 
 GAIN = 1e-3
+FALL = 0.3
+FALLS = 4
+"""By how much the steps then fall, and how often: after that training ends early."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,17 @@ class Lesson:
     the distributions over the last axis of which the targets are logits."""
 
     part: Part
-    inputs: Sequence[Values]
-    targets: Sequence[Values]
+    inputs: Mapping[int, Values]
+    targets: Mapping[int, Values]
     taught: tuple[int, ...]
     held_out: tuple[int, ...]
     loss: Loss = "mse"
 
     def scales(self) -> dict[int, float]:
-        """Sum of squares of each target over all runs, per run."""
+        """The sum of squares of each target, its mean over all runs: errors of one size weigh the same in each."""
         found: dict[int, float] = {}
         for number in self.part.gives:
-            squares = [float(run[number].detach().double().square().sum()) for run in self.targets]
+            squares = [float(run[number].detach().double().square().sum()) for run in self.targets.values()]
             found[number] = max(sum(squares) / len(squares), 1e-30)
         return found
 
@@ -70,6 +73,7 @@ class Progress:
     loss: float
     step: int = 0
     waited: int = 0
+    falls: int = 0
     first: dict[str, torch.Tensor] = field(default_factory=dict)
     second: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -103,7 +107,7 @@ class Training:
         The learning rate falls with it, from the start to nothing. UnsupportedError where the loss has no gradient.
         """
         progress = self.progress
-        while (share := done(progress)) < 1 and progress.waited < PATIENCE and progress.before > 0:
+        while (share := done(progress)) < 1 and progress.falls < FALLS and progress.before > 0:
             self._step(share)
             if progress.step % self.every == 0:
                 self._evaluate()
@@ -120,7 +124,9 @@ class Training:
             raise UnsupportedError("the loss does not depend on the replaced weights by way of anything differentiable")
         gradients = torch.autograd.grad(error, [*weights.values()], allow_unused=True)
         progress.step += 1
-        rate = RATE * min(1.0, progress.step / 10) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        rate = (
+            RATE * FALL**progress.falls * min(1.0, progress.step / 10) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        )
         for (key, weight), gradient in zip(weights.items(), gradients, strict=True):
             if gradient is not None and bool(torch.isfinite(gradient).all()):
                 progress.now[key] = self._moved(key, weight.detach(), gradient, rate * self.rates[key])
@@ -147,6 +153,9 @@ class Training:
         if loss < progress.loss:
             progress.loss = loss
             progress.best = {key: tensor.clone() for key, tensor in progress.now.items()}
+        if progress.waited == PATIENCE:
+            progress.now = {key: tensor.clone() for key, tensor in progress.best.items()}
+            progress.waited, progress.falls = 0, progress.falls + 1
 
     def _judged(self, weights: Mapping[str, torch.Tensor]) -> float:
         """The loss on what is held out."""

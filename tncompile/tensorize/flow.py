@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
-from tncompile.errors import SourceRef, TNCompileError, UnsupportedError
+from tncompile.errors import UnsupportedError
 from tncompile.frontend.computable import functionalized
 
 Values = Mapping[int, Any]
@@ -25,8 +25,8 @@ class Flow:
     """
 
     def __init__(self, exported: torch.export.ExportedProgram) -> None:
-        _refuse_writes(exported)
         self.exported = functionalized(exported)
+        _refuse_writes(self.exported)
         self.key_of, self.tensors, self.fixed = self._state()
         self.varying = self._varying()
         self.number = {node: number for number, node in enumerate(self.varying)}
@@ -172,18 +172,17 @@ class Part:
         return dict(zip(self.gives, outputs, strict=True))
 
 
-def aligned(teacher: Flow, student: Flow) -> None:
-    """TNCompileError unless the student is the teacher with other weights: the same operations on what varies."""
-    ours, theirs = student.varying, teacher.varying
-    for a, b in zip(ours, theirs, strict=False):
-        if _shown(a, student) != _shown(b, teacher):
-            raise TNCompileError(
-                f"the student computes {a.name} ({a.target}) where the teacher computes {b.name} ({b.target}): it must be "
-                "the same model with weights replaced",
-                _source(a),
-            )
-    if len(ours) != len(theirs) or student.outputs != teacher.outputs:
-        raise TNCompileError("the student and the teacher are different models: only weights may be replaced")
+class Passage:
+    """From all values that are live at one place of a graph to all that are at a later one, and to some others."""
+
+    def __init__(self, flow: Flow, start: int, end: int, others: Sequence[int] = ()) -> None:
+        wanted = {*flow.live(end), *others}
+        self.carried = sorted(n for n in wanted if n < start)
+        self.part = flow.part(start, end, sorted(wanted - {*self.carried}))
+
+    def __call__(self, values: Values, state: Mapping[str, torch.Tensor]) -> dict[int, object]:
+        """The values at the end."""
+        return {**{number: values[number] for number in self.carried}, **self.part(values, state)}
 
 
 def canonical(state: Mapping[str, Any]) -> dict[str, str]:
@@ -205,18 +204,6 @@ def is_floating(node: torch.fx.Node) -> bool:
 
 def _is_given(spec: Any) -> bool:
     return spec.kind == InputKind.USER_INPUT and not isinstance(spec.arg, ConstantArgument)
-
-
-def _shown(node: torch.fx.Node, flow: Flow) -> tuple[object, ...]:
-    value = node.meta.get("val")
-    sizes = [s if isinstance(s, int) else None for s in value.shape] if isinstance(value, torch.Tensor) else None
-    sources = [flow.number[s] for s in node.all_input_nodes if s in flow.number]
-    return node.op, node.name if node.op == "placeholder" else str(node.target), sizes, sources
-
-
-def _source(node: torch.fx.Node) -> SourceRef:
-    stack = node.meta.get("nn_module_stack") or {}
-    return SourceRef(next((str(path) for path, _ in reversed(stack.values())), ""))
 
 
 def _refuse_writes(exported: torch.export.ExportedProgram) -> None:

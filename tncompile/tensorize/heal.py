@@ -6,9 +6,8 @@ as well; then, where asked for, all at once by the model's outputs.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,16 +19,22 @@ from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.runtime.files import check_writable
 from tncompile.runtime.temporary import folder_in
 from tncompile.tensorize import checkpoint as checkpoints
-from tncompile.tensorize.activations import Feeds, Store, runs_of
+from tncompile.tensorize.activations import Feeds, Store
 from tncompile.tensorize.checkpoint import Position, Stage
 from tncompile.tensorize.distil import Lesson, Loss, Progress, Training
-from tncompile.tensorize.flow import Flow, Part, Values, aligned, canonical
+from tncompile.tensorize.flow import Flow, Passage, Values
+from tncompile.tensorize.material import FEWEST, Material
 from tncompile.tensorize.slices import Slice, read_outside, slices_of, trainable, trained
+from tncompile.tensorize.student import aligned, changed, with_weights
 
 MEMORY = 1 << 30
 END_TO_END = "end to end"
 FOR_SLICES = 0.5
 """The share of the time that slices have where training from end to end follows."""
+
+FOR_PASSES = 0.25
+PASSES = 3
+"""How often each run goes through the model besides training, and the share of the time that this may take."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +158,12 @@ class _Healing:
         self.report = report or (lambda message: None)
         self.student, self.teacher = Flow(student), Flow(teacher)
         aligned(self.teacher, self.student)
-        self.cores, self.changed = _changed(self.student, self.teacher)
+        self.cores, self.changed = changed(self.student, self.teacher)
         self.slices = slices_of(self.student, self.changed)
         self.notes: list[str] = []
         self.position = Position()
+        self.given: dict[int, Values] = {}  # what the student's slice is given, and what the teacher's is, by run
+        self.right: dict[int, Values] = {}
         self.began = self.saved = self.told = clock()
 
     def run(self, calibration: Sequence[Feeds], held_out: Sequence[Feeds] | None) -> Healed:
@@ -164,23 +171,28 @@ class _Healing:
         if not self.slices:
             why = "no weight was replaced" if not self.changed else "no output depends on replaced weights"
             return Healed(self.original, 0.0, 0.0, (), None, 0.0, (f"{why}: nothing to heal",))
-        self._prepare(calibration, held_out)
+        material = Material(self.student, self.teacher, self.slices, self.store, calibration, held_out)
+        self.material = material
         mark = self._resume()
-        before = self._output_error({})
+        material.use(self._runs())
+        material.begin(self.limits.end_to_end)
+        if material.judged_by_itself:
+            self.notes.append("one run of calibration data: nothing is held out, errors are those on what was learned")
+        before = material.output_error({})
         for number, part in enumerate(self.slices):
             self._slice(number, part, mark)
-        if len(self.position.stages) == len(self.slices) and self._output_error(self.position.healed) > before:
+        if len(self.position.stages) == len(self.slices) and material.output_error(self.position.healed) > before:
             self.notes.append("healing slice by slice did not help on held-out data: undone")
             self.position = replace(self.position, healed={})
         if self.limits.end_to_end:
             self._end_to_end(mark)
-        after = self._output_error(self.position.healed)
+        after = material.output_error(self.position.healed)
         if not after <= before and self.limits.loss == "mse":
             self.notes.append("healing did not help on held-out data: undone")
             self.position, after = replace(self.position, healed={}), before
         stages = self.position.stages
         return Healed(
-            _with_weights(self.original, self.position.healed),
+            with_weights(self.original, self.position.healed),
             before,
             after,
             stages[: len(self.slices)],
@@ -189,98 +201,60 @@ class _Healing:
             tuple(self.notes),
         )
 
-    # -------------------------------------------------------------------------------- before
-
-    def _prepare(self, calibration: Sequence[Feeds], held_out: Sequence[Feeds] | None) -> None:
-        """Runs, which are held out, and all values where the first slice begins: there the two models are one."""
-        runs = runs_of(self.student, calibration)
-        if held_out is not None:
-            extra = runs_of(self.student, held_out)
-            taught = range(len(runs))
-            runs += extra
-        else:
-            taught = range(len(runs))
-            fifth = set(taught[4::5]) or set(taught[1:][-1:])
-            taught = [number for number in taught if number not in fifth]  # type: ignore[assignment]
-        self.runs = runs
-        self.taught = tuple(taught)
-        self.held_out = tuple(number for number in range(len(runs)) if number not in {*taught}) or self.taught
-        if self.held_out == self.taught:
-            self.notes.append(
-                "one run of calibration data: nothing is held out, so the errors are those on what was learned"
-            )
-        start = self.slices[0].start
-        prefix = _Passage(self.teacher, len(self.teacher.inputs), start)
-        self.base = [self.store.keep(prefix(run, self.teacher.tensors)) for run in runs]
-        end = len(self.student.varying)
-        ends = tuple(n for n in self.student.outputs if n >= start and self.student.moving[n])
-        if not ends:
-            end, ends = self.slices[-1].end, self.slices[-1].targets
-        self.whole = self.student.part(start, end, ends)
-        teacher = self.teacher.part(start, end, ends)
-        wanted = range(len(runs)) if self.limits.end_to_end else self.held_out
-        self.answers: dict[int, Values] = {}
-        for run in wanted:
-            answer = teacher(self.base[run], self.teacher.tensors)
-            self.answers[run] = self.store.keep(answer)
-        self._refuse_random(teacher)
-
-    def _refuse_random(self, teacher: Part) -> None:
-        """UnsupportedError where the teacher gives no finite numbers, or others each time."""
-        run = self.held_out[0]
-        again = teacher(self.base[run], self.teacher.tensors)
-        for number, answer in self.answers[run].items():
-            name = self.teacher.varying[number].name
-            if not bool(torch.isfinite(answer).all()):
-                raise UnsupportedError(f"the model's {name} is not finite on the calibration data: it cannot be healed")
-            if not torch.allclose(answer, again[number], rtol=1e-3, atol=1e-3 * float(answer.abs().max())):
-                raise UnsupportedError(
-                    "the model draws random numbers, so there is nothing to train towards; export it in evaluation mode "
-                    "(model.eval())"
-                )
-
     def _resume(self) -> str:
-        """Where the checkpoint is, if there is one; what names this call."""
-        limits = self.limits
+        """Go to where the checkpoint is, if there is one; what names this call."""
+        limits, material = self.limits, self.material
         if limits.checkpoint is None:
             return ""
-        options = (limits.steps, limits.end_to_end, limits.loss, limits.vectors, self.taught, self.held_out)
+        asked = (limits.steps, limits.end_to_end, limits.loss, limits.vectors, material.taught, material.held_out)
         graphs = [str(flow.exported.graph_module.graph) for flow in (self.student, self.teacher)]
         weights = [x for flow in (self.student, self.teacher) for item in sorted(flow.tensors.items()) for x in item]
-        data = [run[number] for run in self.runs for number in sorted(run)]
-        mark = checkpoints.fingerprint([torch.__version__, options, *graphs, *weights, *data])
+        data = [run[number] for run in material.runs for number in sorted(run)]
+        mark = checkpoints.fingerprint([torch.__version__, asked, *graphs, *weights, *data])
         if limits.checkpoint.exists():
             self.position = checkpoints.load(limits.checkpoint, mark)
         return mark
+
+    def _runs(self) -> int:
+        """How many runs to use: so many that to let all of them through the model takes little of the time."""
+        material = self.material
+        count = len(material.taught) + len(material.held_out)
+        if self.limits.seconds is None or self.position.runs:
+            return self.position.runs or count
+        material.answered(material.taught[0])
+        begin = self.clock()
+        material.answered(material.held_out[0])
+        once = max(self.clock() - begin, 1e-6)
+        chosen = min(count, max(FEWEST, int(self.limits.seconds * FOR_PASSES / (PASSES * once))))
+        if chosen < count:
+            self.notes.append(f"{chosen} of {count} runs of calibration data were used: there was no time for more")
+        self.position = replace(self.position, runs=chosen)
+        return chosen
 
     # -------------------------------------------------------------------------------- stages
 
     def _slice(self, number: int, part: Slice, mark: str) -> None:
         """Heal a slice unless that is done, and let all runs through it."""
+        ours, theirs, material = self.student, self.teacher, self.material
         if number == 0:
-            self.given: list[Values] = list(self.base)
-            self.taughts: list[Values] = list(self.base)
-        ours, theirs = self.student, self.teacher
-        through = _Passage(theirs, part.start, part.end, part.targets)
-        targets = [self.store.keep(through(values, theirs.tensors)) for values in self.taughts]
+            self.given, self.right = dict(material.base), dict(material.base)
+        through = Passage(theirs, part.start, part.end, part.targets)
+        targets = {run: self.store.keep(through(values, theirs.tensors)) for run, values in self.right.items()}
         if len(self.position.stages) <= number:
             keys = trained(ours, part, self.cores, self.limits.vectors, read_outside(ours, part))
-            lesson = Lesson(
-                ours.part(part.start, part.end, part.targets), self.given, targets, self.taught, self.held_out
-            )
+            stretch = ours.part(part.start, part.end, part.targets)
+            lesson = Lesson(stretch, self.given, targets, material.taught, material.held_out)
             if not keys:
                 self.notes.append(f"{part.name}: its weights are shared with other slices, and not trained in this one")
             self._train(number, part.name, lesson, keys, mark, part.sites)
-        last = number + 1 == len(self.slices)
-        if last:
-            del self.given, self.taughts
+        if number + 1 == len(self.slices):
+            self.given, self.right = {}, {}
             return
         start = self.slices[number + 1].start
-        bridge = _Passage(theirs, part.end, start)
-        self.taughts = [self.store.keep(bridge(values, theirs.tensors)) for values in targets]
-        both = _Passage(ours, part.start, start)
-        state = {**ours.tensors, **self.position.healed}
-        self.given = [self.store.keep(both(values, state)) for values in self.given]
+        bridge = Passage(theirs, part.end, start)
+        self.right = {run: self.store.keep(bridge(values, theirs.tensors)) for run, values in targets.items()}
+        both, state = Passage(ours, part.start, start), {**ours.tensors, **self.position.healed}
+        self.given = {run: self.store.keep(both(values, state)) for run, values in self.given.items()}
 
     def _end_to_end(self, mark: str) -> None:
         number = len(self.slices)
@@ -288,8 +262,8 @@ class _Healing:
             return
         nodes = range(self.slices[0].start, len(self.student.varying))
         keys = trainable(self.student, nodes, self.cores, self.limits.vectors)
-        answers = [self.answers[run] for run in range(len(self.runs))]
-        lesson = Lesson(self.whole, self.base, answers, self.taught, self.held_out, self.limits.loss)
+        data = self.material
+        lesson = Lesson(data.whole, data.base, data.answers, data.taught, data.held_out, self.limits.loss)
         self._train(number, END_TO_END, lesson, keys, mark, tuple(sorted(self.cores)))
 
     def _train(
@@ -325,7 +299,7 @@ class _Healing:
         done = training.progress
         self.report(message(done))
         stage = Stage(name, sites, done.before, done.loss, done.step, self.clock() - start)
-        self.position = Position((*old.stages, stage), {**old.healed, **best}, seconds=self._seconds())
+        self.position = Position(old.runs, (*old.stages, stage), {**old.healed, **best}, seconds=self._seconds())
         self.began = self.clock()
         if self.limits.checkpoint is not None:
             checkpoints.save(self.limits.checkpoint, mark, self.position)
@@ -346,72 +320,3 @@ class _Healing:
         whole = self.limits.seconds * (FOR_SLICES if self.limits.end_to_end else 1.0)
         left = [len(part.sites) for part in self.slices[number:]]
         return max(0.0, whole - self._seconds()) * left[0] / sum(left)
-
-    # -------------------------------------------------------------------------------- errors
-
-    def _output_error(self, healed: Mapping[str, torch.Tensor]) -> float:
-        """The model's error on what is held out, with some weights in the place of its own."""
-        state = {**self.student.tensors, **healed}
-        wrong = right = 0.0
-        for run in self.held_out:
-            given = self.whole(self.base[run], state)
-            for number, answer in self.answers[run].items():
-                wrong += float((given[number].double() - answer.double()).square().sum())
-                right += float(answer.double().square().sum())
-        error = math.sqrt(wrong / right) if right else math.sqrt(wrong)
-        return error if math.isfinite(error) else math.inf
-
-
-class _Passage:
-    """From all values that are live at one place of a graph to all that are at a later one, and to some others."""
-
-    def __init__(self, flow: Flow, start: int, end: int, others: Sequence[int] = ()) -> None:
-        wanted = {*flow.live(end), *others}
-        self.carried = sorted(n for n in wanted if n < start)
-        self.part = flow.part(start, end, sorted(wanted - {*self.carried}))
-
-    def __call__(self, values: Values, state: Mapping[str, torch.Tensor]) -> dict[int, object]:
-        """The values at the end."""
-        return {**{number: values[number] for number in self.carried}, **self.part(values, state)}
-
-
-def _changed(student: Flow, teacher: Flow) -> tuple[frozenset[str], frozenset[str]]:
-    """The weights that only the student has; and those, with the ones that are other numbers than the teacher's."""
-    known = {**teacher.exported.constants, **teacher.exported.state_dict}
-    cores, changed = set(), set()
-    for key, tensor in student.tensors.items():
-        other = known.get(key)
-        if not isinstance(other, torch.Tensor) or other.shape != tensor.shape:
-            cores.add(key)
-        elif not torch.equal(other.detach(), tensor):
-            changed.add(key)
-    return frozenset(cores) & student.parameters, frozenset(cores | changed)
-
-
-def _with_weights(
-    exported: torch.export.ExportedProgram, healed: Mapping[str, torch.Tensor]
-) -> torch.export.ExportedProgram:
-    """The same program with other numbers in some weights; what is tied stays tied."""
-    keys = canonical(exported.state_dict)
-    made: dict[str, torch.Tensor] = {}
-    state = dict(exported.state_dict)
-    for name, tensor in state.items():
-        key = keys.get(name, name)
-        if key in healed:
-            if key not in made:
-                new = healed[key].detach().clone()
-                made[key] = (
-                    torch.nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else new
-                )
-            state[name] = made[key]
-    return torch.export.ExportedProgram(
-        exported.graph_module,
-        exported.graph_module.graph,
-        exported.graph_signature,
-        state,
-        exported.range_constraints,
-        exported.module_call_graph,
-        exported.example_inputs,
-        exported.constants,
-        verifiers=exported.verifiers,
-    )

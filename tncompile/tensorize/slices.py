@@ -1,10 +1,10 @@
-"""A model cut into slices, each with one or a few replaced weights, where few values pass from one half to the other."""
+"""A model cut into slices, each with one or a few replaced weights, where few values pass."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 import torch
 
@@ -53,13 +53,13 @@ def slices_of(flow: Flow, changed: Iterable[str]) -> tuple[Slice, ...]:
     if last is None:
         return ()
     cuts = _cuts(flow, places)
-    ends, starts = [c.end for c in cuts] + [last], [places[0]] + [c.start for c in cuts]
+    ends, starts = [c.end for c in cuts] + [last], [_first(flow, places[0])] + [c.start for c in cuts]
     bounds = _unshared(flow, [*zip(starts, ends, strict=True)], replaced)
     return tuple(_slice(flow, start, end, replaced) for start, end in bounds)
 
 
 def trained(flow: Flow, part: Slice, cores: Iterable[str], others: bool, elsewhere: Iterable[str] = ()) -> list[str]:
-    """The weights of a slice to train: its cores and, where `others`, biases and scales; none that is read `elsewhere`."""
+    """The weights of a slice to train: its cores, biases and scales where `others`; none that is read `elsewhere`."""
     return trainable(flow, range(part.start, part.end), cores, others, elsewhere)
 
 
@@ -90,8 +90,8 @@ def _targets(flow: Flow, start: int, end: int) -> tuple[int, ...]:
 
 def _name(sites: Sequence[str]) -> str:
     """What the weights have in common: ``encoder.layer.3.attention``; else the first of them."""
-    modules = [site.split(".") for site in sites]
-    common = os.path.commonprefix(modules)
+    paths = zip(*(site.split(".") for site in sites), strict=False)
+    common = [names[0] for names in takewhile(lambda names: len({*names}) == 1, paths)]
     return ".".join(common) or sites[0]
 
 
@@ -109,7 +109,7 @@ def _cuts(flow: Flow, places: Sequence[int], fewest: int = 1) -> list[_Cut]:
         return []
     found: list[_Cut] = []
     group = [places[0]]
-    for before, behind in zip(places, places[1:], strict=False):
+    for before, behind in pairwise(places):
         narrow = [i for i in range(before + 1, behind + 1) if _passing(flow, i) <= fewest]
         if narrow:
             found += _cuts(flow, group, fewest + 1)
@@ -120,11 +120,17 @@ def _cuts(flow: Flow, places: Sequence[int], fewest: int = 1) -> list[_Cut]:
 
 
 def _end(flow: Flow, narrow: Sequence[int]) -> int:
-    """The last of some places before the next matrix product or convolution: norms and activations count in the loss."""
+    """The last of some places before the next matrix product or convolution: so norms and activations count."""
     for i in range(narrow[0], narrow[-1]):
         if _is_heavy(flow.varying[i]):
             return max(place for place in narrow if place <= i)
     return narrow[-1]
+
+
+def _first(flow: Flow, place: int) -> int:
+    """Where the first slice begins: with the norm in front of its first replaced weight, say, which may be trained."""
+    light = takewhile(lambda i: not _is_heavy(flow.varying[i]), range(place - 1, len(flow.inputs) - 1, -1))
+    return min([place, *light], key=lambda i: _passing(flow, i))
 
 
 def _last(flow: Flow, place: int) -> int | None:
@@ -161,24 +167,9 @@ def _is_heavy(node: torch.fx.Node) -> bool:
 
 
 _HEAVY = frozenset(
-    [
-        "linear",
-        "matmul",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "einsum",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "scaled_dot_product_attention",
-        "lstm",
-        "gru",
-        "embedding",
-    ]
+    {
+        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"),
+        *("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        *("lstm", "gru", "embedding"),
+    }
 )
