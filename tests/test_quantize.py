@@ -79,8 +79,8 @@ def test_linear(bits: str, data: st.DataObject) -> None:
 @given(st.data())
 def test_convolution(rank: int, data: st.DataObject) -> None:
     """Weights, the input and the output are rounded; the output's range is that of the sample."""
-    channels, filters, size = (data.draw(st.integers(low, 9)) for low in (2, 4, 1))
-    sizes = [data.draw(st.integers(size, 6)) + size for _ in range(rank)]
+    channels, filters, size = (data.draw(st.integers(*limits)) for limits in ((2, 9), (4, 40), (1, 3)))
+    sizes = [data.draw(st.integers(size, 7)) for _ in range(rank)]
     weight = numbers(filters, channels, *[size] * rank)
     if weight.size < 256:
         filters = -(-256 // (weight.size // filters))
