@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -91,17 +91,18 @@ class Constants:
         self.model = model
         self.initializers: Mapping[str, TensorProto] = {t.name: t for t in model.graph.initializer}
         self.folds: dict[str, NodeProto] = {}
-        known = {*self.initializers} - {i.name for i in model.graph.input}
+        given = {i.name for i in model.graph.input}
+        self._sources: dict[str, frozenset[str]] = {n: frozenset([n]) for n in self.initializers if n not in given}
         for node in model.graph.node:
-            constant = all(name in known for name in node.input if name) and not any(subgraphs(node))
+            constant = all(name in self._sources for name in node.input if name) and not any(subgraphs(node))
             if constant and node.op_type not in _RANDOM | _QUANTIZED:
-                known |= {*node.output}
-                self.folds |= {name: node for name in node.output if name}
+                read = frozenset[str]().union(*(self._sources[name] for name in node.input if name))
+                for name in filter(None, node.output):
+                    self._sources[name], self.folds[name] = read, node
         self._arrays: dict[str, Array] = {}
-        self._names = known
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self._sources
 
     @cached_property
     def types(self) -> Mapping[str, tuple[int, tuple[int, ...] | None]]:
@@ -143,9 +144,9 @@ class Constants:
             self._arrays[name] = self._computed(name)
         return self._arrays[name]
 
-    def sources(self, name: str) -> set[str]:
+    def sources(self, name: str) -> frozenset[str]:
         """The initializers that a constant is made of; itself where it is one."""
-        return {*self._leaves(self._below(name), name)}
+        return self._sources[name]
 
     def _below(self, name: str) -> list[NodeProto]:
         """The nodes that compute a constant, in order."""
@@ -156,17 +157,12 @@ class Constants:
                 found.append(node)
         return found[::-1]
 
-    def _leaves(self, nodes: Iterable[NodeProto], name: str) -> Iterator[str]:
-        for read in (name, *(i for node in nodes for i in node.input)):
-            if read in self.initializers:
-                yield read
-
     def _computed(self, name: str) -> Array:
         """What ONNX Runtime folds a constant to."""
         import onnx
 
         nodes = self._below(name)
-        leaves = dict.fromkeys(self._leaves(nodes, name))
+        leaves = sorted(self.sources(name))
         output = onnx.helper.make_tensor_value_info(name, self.types.get(name, (onnx.TensorProto.FLOAT,))[0], None)
         graph = onnx.helper.make_graph(nodes, "fold", [], [output], [self.initializers[leaf] for leaf in leaves])
         model = onnx.helper.make_model(graph, ir_version=10, opset_imports=self.model.opset_import)
