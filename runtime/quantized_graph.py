@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ NETWORK = "tncompile.network"
 """The metadata of a node that has the value of the network it is a part of."""
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_SHAPE = 64  # numbers of a constant that may be a shape
+
 _QUANTIZED = {"DequantizeLinear", "QuantizeLinear"}
 
 
@@ -110,12 +113,20 @@ class Constants:
         import onnx
 
         known: dict[str, tuple[int, tuple[int, ...] | None]] = {
-            t.name: (t.data_type, tuple(t.dims)) for t in self.model.graph.initializer
+            t.name: (t.data_type, tuple(t.dims)) for t in self.initializers.values()
         }
+        light = onnx.ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import)
+        for part in ("node", "input", "output", "value_info"):
+            getattr(light.graph, part).extend(getattr(self.model.graph, part))
+        for tensor in self.initializers.values():
+            if math.prod(tensor.dims) <= _SHAPE:
+                light.graph.initializer.append(tensor)
+            else:
+                light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         try:
-            inferred = onnx.shape_inference.infer_shapes(self.model, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
         except Exception:  # what the file says itself is enough for most
-            inferred = self.model
+            inferred = light
         for graph in graphs_of(inferred.graph):
             for value in (*graph.input, *graph.value_info, *graph.output):
                 tensor = value.type.tensor_type
@@ -127,10 +138,14 @@ class Constants:
         """Whether a constant is a float32 array."""
         from onnx import TensorProto
 
+        if name in self.initializers:
+            return name in self and self.initializers[name].data_type == TensorProto.FLOAT
         return name in self and self.types.get(name, (0, None))[0] == TensorProto.FLOAT
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a constant."""
+        if name in self.initializers:
+            return tuple(self.initializers[name].dims)
         shape = self.types[name][1] if name in self.types else None
         return shape if shape is not None else tuple(self.array(name).shape)
 
