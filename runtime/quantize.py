@@ -7,6 +7,8 @@ metadata of its nodes), or the first output of another node that reads weights: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tncompile.errors import TNCompileError
@@ -16,7 +18,7 @@ from tncompile.runtime.quantized_graph import Constants, graphs_of, identity, re
 from tncompile.runtime.quantized_names import Names
 from tncompile.runtime.quantized_ranges import ranges
 from tncompile.runtime.quantized_round import BITS, STORED, check_bits, simulated, stored_bytes
-from tncompile.runtime.quantized_sheet import back, dynamic, four, sheet, static
+from tncompile.runtime.quantized_sheet import Ranges, back, dynamic, four, sheet, static
 from tncompile.runtime.quantized_sites import Site, sites
 from tncompile.runtime.quantized_stored import Writer, eight_bit_rows, four_bit_rows
 
@@ -30,6 +32,8 @@ _CARRIERS = {
     *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"),
 }
 """What ONNX Runtime computes in eight bits too, where all that flows in is in eight bits already."""
+
+_MERGING = ("Add", "Mul", "Concat")  # all their inputs are data
 
 Replacements = dict[str, list["NodeProto"]]
 
@@ -62,10 +66,12 @@ def quantize(model: bytes, choice: Mapping[str, str], calibration: Sequence[Mapp
     if not chosen:
         return model
     names = Names.of(proto)
+    groups = _grouped(chosen)
+    values = [value for group in groups if group.bits == "int8-static" for value in _flowing(group.nodes, constants)]
+    seen = ranges(proto, [*dict.fromkeys(values)], calibration) if values else {}
     replaced: Replacements = {}
-    for graph in {id(site.graph): site.graph for site, _ in chosen}.values():
-        mine = [(site, bits) for site, bits in chosen if site.graph is graph]
-        replaced |= _computed(graph, mine, constants, calibration, names)
+    for group in groups:
+        replaced |= _computed(group, constants, seen, names)
     for graph in [*graphs_of(proto.graph)][::-1]:  # inner ones first, as what is put into a graph is a copy
         _rewrite(graph, replaced)
     store(proto, {site.key: bits for site, bits in chosen if bits in STORED}, names)
@@ -103,35 +109,53 @@ def _chosen(found: Sequence[Site], choice: Mapping[str, str]) -> list[tuple[Site
     return [(site, bits) for site, bits in wanted if bits != "fp32" and bits in site.bits]
 
 
-def _computed(
-    graph: GraphProto,
-    chosen: Sequence[tuple[Site, str]],
-    constants: Constants,
-    calibration: Sequence[Mapping[str, Array]],
-    names: Names,
-) -> Replacements:
-    """What takes the place of those nodes of a graph that are not computed in float32 any more."""
-    result: Replacements = {}
-    tables = [(site, bits) for site, bits in chosen if site.node.op_type == "Gather" and bits not in STORED]
-    for site, bits in tables:
-        writer = Writer(site.node.name or site.key, names, {p.key: p.value for p in site.node.metadata_props})
-        write = eight_bit_rows if bits == "int8" else four_bit_rows
-        write(writer, constants.array(site.weights[0]), site.node.input[1], site.node.output[0])
-        result[identity(site.node)] = writer.nodes
-    for way in ("int8", "int8-static", "int4"):
-        nodes = [site.node for site, bits in chosen if bits == way and site.node.op_type != "Gather"]
-        if not nodes:
-            continue
-        if way == "int8-static":
-            nodes = _carried(graph, nodes)
-        part = sheet(nodes, _shown(graph, nodes), constants)
-        if way == "int8-static":
-            values = dict.fromkeys([*(i.name for i in part.graph.input), *(o for n in nodes for o in n.output)])
-            done = static(part, ranges(constants.model, [*values], calibration))
-        else:
-            done = dynamic(part) if way == "int8" else four(part)
-        result |= back(nodes, done, constants, names)
-    return result
+@dataclass(frozen=True)
+class _Group:
+    """Nodes of one graph that are computed in one way, and are quantized together."""
+
+    graph: GraphProto
+    bits: str
+    nodes: Sequence[NodeProto]
+
+
+def _grouped(chosen: Sequence[tuple[Site, str]]) -> list[_Group]:
+    """The nodes that are not computed in float32 any more; a table and an LSTM are no part of what others are."""
+    found: dict[tuple[int, str, str], tuple[GraphProto, list[NodeProto]]] = {}
+    for site, bits in chosen:
+        if bits not in STORED:
+            kind = site.node.op_type if site.node.op_type in ("Gather", "LSTM") else ""
+            found.setdefault((id(site.graph), bits, kind), (site.graph, []))[1].append(site.node)
+    return [
+        _Group(graph, bits, _carried(graph, nodes) if bits == "int8-static" else nodes)
+        for (_, bits, _), (graph, nodes) in found.items()
+    ]
+
+
+def _computed(group: _Group, constants: Constants, seen: Ranges, names: Names) -> Replacements:
+    """What takes the place of the nodes of a group."""
+    if group.nodes[0].op_type == "Gather":
+        return {identity(node): _table(node, group.bits, constants, names) for node in group.nodes}
+    part = sheet(group.nodes, _shown(group.graph, group.nodes), constants)
+    ways = {"int8": dynamic, "int8-static": partial(static, ranges=seen), "int4": four}
+    return back(group.nodes, ways[group.bits](part), constants, names)
+
+
+def _table(node: NodeProto, bits: str, constants: Constants, names: Names) -> list[NodeProto]:
+    """A Gather whose table stays in fewer bits."""
+    writer = Writer(node.name or identity(node), names, {p.key: p.value for p in node.metadata_props})
+    write = eight_bit_rows if bits == "int8" else four_bit_rows
+    write(writer, constants.array(node.input[0]), node.input[1], node.output[0])
+    return writer.nodes
+
+
+def _flowing(nodes: Sequence[NodeProto], constants: Constants) -> list[str]:
+    """The values that nodes to be computed in eight bits read and compute."""
+    return [
+        name
+        for node in nodes
+        for name in (*(node.input if node.op_type in _MERGING else node.input[:1]), *node.output)
+        if name not in constants
+    ]
 
 
 def _carried(graph: GraphProto, nodes: Sequence[NodeProto]) -> list[NodeProto]:
@@ -140,7 +164,7 @@ def _carried(graph: GraphProto, nodes: Sequence[NodeProto]) -> list[NodeProto]:
     eight = {node.output[0] for node in nodes if node.op_type == "Conv"}
     found = []
     for node in graph.node:
-        data = node.input[:1] if node.op_type not in ("Add", "Mul", "Concat") else node.input
+        data = node.input if node.op_type in _MERGING else node.input[:1]
         carried = node.op_type in _CARRIERS and data and {*data} <= eight and len(node.output) == 1
         if carried:
             eight.add(node.output[0])

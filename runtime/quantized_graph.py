@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ NETWORK = "tncompile.network"
 """The metadata of a node that has the value of the network it is a part of."""
 
 _RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_SHAPE = 64  # numbers of a constant that may be a shape
+
 _QUANTIZED = {"DequantizeLinear", "QuantizeLinear"}
 
 
@@ -91,17 +94,18 @@ class Constants:
         self.model = model
         self.initializers: Mapping[str, TensorProto] = {t.name: t for t in model.graph.initializer}
         self.folds: dict[str, NodeProto] = {}
-        known = {*self.initializers} - {i.name for i in model.graph.input}
+        given = {i.name for i in model.graph.input}
+        self._sources: dict[str, frozenset[str]] = {n: frozenset([n]) for n in self.initializers if n not in given}
         for node in model.graph.node:
-            constant = all(name in known for name in node.input if name) and not any(subgraphs(node))
+            constant = all(name in self._sources for name in node.input if name) and not any(subgraphs(node))
             if constant and node.op_type not in _RANDOM | _QUANTIZED:
-                known |= {*node.output}
-                self.folds |= {name: node for name in node.output if name}
+                read = frozenset[str]().union(*(self._sources[name] for name in node.input if name))
+                for name in filter(None, node.output):
+                    self._sources[name], self.folds[name] = read, node
         self._arrays: dict[str, Array] = {}
-        self._names = known
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self._sources
 
     @cached_property
     def types(self) -> Mapping[str, tuple[int, tuple[int, ...] | None]]:
@@ -109,12 +113,20 @@ class Constants:
         import onnx
 
         known: dict[str, tuple[int, tuple[int, ...] | None]] = {
-            t.name: (t.data_type, tuple(t.dims)) for t in self.model.graph.initializer
+            t.name: (t.data_type, tuple(t.dims)) for t in self.initializers.values()
         }
+        light = onnx.ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import)
+        for part in ("node", "input", "output", "value_info"):
+            getattr(light.graph, part).extend(getattr(self.model.graph, part))
+        for tensor in self.initializers.values():
+            if math.prod(tensor.dims) <= _SHAPE:
+                light.graph.initializer.append(tensor)
+            else:
+                light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         try:
-            inferred = onnx.shape_inference.infer_shapes(self.model, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
         except Exception:  # what the file says itself is enough for most
-            inferred = self.model
+            inferred = light
         for graph in graphs_of(inferred.graph):
             for value in (*graph.input, *graph.value_info, *graph.output):
                 tensor = value.type.tensor_type
@@ -126,10 +138,14 @@ class Constants:
         """Whether a constant is a float32 array."""
         from onnx import TensorProto
 
+        if name in self.initializers:
+            return name in self and self.initializers[name].data_type == TensorProto.FLOAT
         return name in self and self.types.get(name, (0, None))[0] == TensorProto.FLOAT
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a constant."""
+        if name in self.initializers:
+            return tuple(self.initializers[name].dims)
         shape = self.types[name][1] if name in self.types else None
         return shape if shape is not None else tuple(self.array(name).shape)
 
@@ -143,9 +159,9 @@ class Constants:
             self._arrays[name] = self._computed(name)
         return self._arrays[name]
 
-    def sources(self, name: str) -> set[str]:
+    def sources(self, name: str) -> frozenset[str]:
         """The initializers that a constant is made of; itself where it is one."""
-        return {*self._leaves(self._below(name), name)}
+        return self._sources[name]
 
     def _below(self, name: str) -> list[NodeProto]:
         """The nodes that compute a constant, in order."""
@@ -156,17 +172,12 @@ class Constants:
                 found.append(node)
         return found[::-1]
 
-    def _leaves(self, nodes: Iterable[NodeProto], name: str) -> Iterator[str]:
-        for read in (name, *(i for node in nodes for i in node.input)):
-            if read in self.initializers:
-                yield read
-
     def _computed(self, name: str) -> Array:
         """What ONNX Runtime folds a constant to."""
         import onnx
 
         nodes = self._below(name)
-        leaves = dict.fromkeys(self._leaves(nodes, name))
+        leaves = sorted(self.sources(name))
         output = onnx.helper.make_tensor_value_info(name, self.types.get(name, (onnx.TensorProto.FLOAT,))[0], None)
         graph = onnx.helper.make_graph(nodes, "fold", [], [output], [self.initializers[leaf] for leaf in leaves])
         model = onnx.helper.make_model(graph, ir_version=10, opset_imports=self.model.opset_import)

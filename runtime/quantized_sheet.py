@@ -48,7 +48,7 @@ def sheet(nodes: Sequence[NodeProto], shown: Iterable[str], constants: Constants
 
 
 def dynamic(model: ModelProto) -> ModelProto:
-    """Eight bits, a scale for each channel; activations are quantized as they come."""
+    """Eight bits, a scale for each channel; activations are quantized as they come. LSTMs have a sheet of their own."""
     import onnx
 
     with quiet():
@@ -56,29 +56,34 @@ def dynamic(model: ModelProto) -> ModelProto:
         from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
         from onnxruntime.quantization.quant_utils import QuantizationMode
 
-        matrices = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
-        arrays = {t.name: t for t in model.graph.initializer if t.name in matrices and len(t.dims) > 2}
-        batched = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in arrays.items()}
+        recurrent = any(node.op_type == "LSTM" for node in model.graph.node)
         options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
         types = ["MatMul", "LSTM"]  # a Gemm is made a MatMul and an Add
         quantizer = ONNXQuantizer(
-            model, True, False, QuantizationMode.IntegerOps, False, QuantType.QInt8, QuantType.QUInt8, None, [], [],
-            types, options,
+            model, recurrent, False, QuantizationMode.IntegerOps, False, QuantType.QInt8, QuantType.QUInt8, None, [],
+            [], types, options,
         )  # fmt: skip
+        matrices = {node.input[1] for node in quantizer.model.model.graph.node if node.op_type == "MatMul"}
+        tensors = [t for t in quantizer.model.model.graph.initializer if t.name in matrices]
+        weights = {t.name: onnx.numpy_helper.to_array(t) for t in tensors}
         quantizer.quantize_model()
-    _by_matrix(quantizer.model.model, batched)
+    _by_column(quantizer.model.model, weights)
     return _result(quantizer)
 
 
-def _by_matrix(model: ModelProto, batched: Mapping[str, Array]) -> None:
-    """A scale for each column of each matrix of a stack: the library has one for a column of all, which cannot run."""
+def _by_column(model: ModelProto, weights: Mapping[str, Array]) -> None:
+    """A scale for each column of each matrix, where the library has been asked for one of all.
+
+    It takes a column at a time, which is slow, and of a stack of matrices has scales that ONNX Runtime does not take.
+    """
     import onnx
 
     tensors = {t.name: t for t in model.graph.initializer}
-    for name, weight in batched.items():
+    for name, weight in weights.items():
         eight = Eight.of(weight, [axis for axis in range(weight.ndim) if axis != weight.ndim - 2])
-        zero = np.zeros(eight.scale.shape, np.int8)
-        for suffix, array in (("quantized", eight.values), ("scale", eight.scale), ("zero_point", zero)):
+        scale = eight.scale if weight.ndim > 2 else eight.scale.reshape(-1)
+        zero = np.zeros(scale.shape, np.int8)
+        for suffix, array in (("quantized", eight.values), ("scale", scale), ("zero_point", zero)):
             tensor = tensors[f"{name}_{suffix}"]
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 

@@ -18,8 +18,6 @@ from tncompile.runtime.quantized_round import BLOCK, Eight, Four, fits_half
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-_HALF_BYTE = 16
-
 
 class Writer:
     """Writes nodes one after another; `metadata` goes onto each."""
@@ -92,14 +90,14 @@ def smaller(weight: Array, bits: str, axes: Sequence[int], writer: Writer, outpu
 
 
 def _unpacked(writer: Writer, four: Four) -> str:
-    """Rounded numbers in float32[rows, blocks, 16, 2], padding included."""
-    both = writer.widened(writer.constant("int4", four.packed[..., None]))
-    sixteenth = writer.constant("sixteenth", np.asarray(1 / _HALF_BYTE, np.float32))
-    sixteen = writer.constant("sixteen", np.asarray(_HALF_BYTE, np.float32))
-    high = writer.op("Floor", [writer.op("Mul", [both, sixteenth])])
-    low = writer.op("Sub", [both, writer.op("Mul", [high, sixteen])])
+    """Rounded numbers in float32[rows, blocks, 16, 2], padding included: each byte is looked up."""
+    import onnx
+
+    byte = np.arange(256)
+    table = writer.constant("halves", np.stack([byte & 15, byte >> 4], axis=1).astype(np.float32))
+    packed = writer.op("Cast", [writer.constant("int4", four.packed)], to=onnx.TensorProto.INT32)
     zero = writer.widened(writer.constant("zero", four.zero[..., None, None]))
-    values = writer.op("Sub", [writer.op("Concat", [low, high], axis=-1), zero])
+    values = writer.op("Sub", [writer.op("Gather", [table, packed]), zero])
     return writer.op("Mul", [values, writer.constant("scale", four.scale[..., None, None])])
 
 
