@@ -62,19 +62,21 @@ _PHOTOS: dict[Part, tuple[str, ...]] = {
     "calibration": (
         "sklearn/datasets/images/china.jpg",
         "matplotlib/mpl-data/sample_data/grace_hopper.jpg",
-        *(f"skimage/data/{name}" for name in ("camera.png", "coins.png", "ihc.png", "retina.jpg", "gravel.png")),
-        "skimage/data/hubble_deep_field.jpg",
+        *(f"skimage/data/{name}" for name in ("astronaut.png", "camera.png", "coins.png", "ihc.png", "retina.jpg")),
+        *(f"skimage/data/{name}" for name in ("gravel.png", "hubble_deep_field.jpg")),
     ),
     "test": (
         "sklearn/datasets/images/flower.jpg",
-        *(f"skimage/data/{name}" for name in ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")),
-        "skimage/data/motorcycle_left.png",
+        *(f"skimage/data/{name}" for name in ("chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
     ),
 }
 
 
 def photos(part: Part, count: int, side: int = 224) -> torch.Tensor:
-    """Random parts of photos, some mirrored, count x 3 x side x side, as networks for ImageNet take them."""
+    """Random parts of photos, some mirrored, count x 3 x side x side, between -1 and 1 as EfficientNet-Lite takes them.
+
+    Those to judge on show things that are among the 1,000 classes of ImageNet.
+    """
     from PIL import Image
 
     generator = np.random.default_rng(0 if part == "calibration" else 1)
@@ -86,11 +88,9 @@ def photos(part: Part, count: int, side: int = 224) -> torch.Tensor:
         cut = int(min(width, height) * generator.uniform(0.55, 1.0))
         left, top = (int(generator.integers(0, size - cut + 1)) for size in (width, height))
         crop = picture.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + cut, top + cut))
-        pixels = np.asarray(crop, np.float32) / 255
+        pixels = (np.asarray(crop, np.float32) - 127) / 128
         crops.append(pixels[:, ::-1] if generator.random() < 0.5 else pixels)
-    images = torch.tensor(np.stack(crops)).permute(0, 3, 1, 2)
-    mean, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((images - mean[:, None, None]) / spread[:, None, None]).contiguous()
+    return torch.tensor(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
 
 def _packaged(name: str) -> Path:
