@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Switch, Tensor, Term
-from tncompile.ir.core import Arg
 from tncompile.ir.edit import drop_tensors, map_networks, substitute
+from tncompile.ir.opaque import Arg
 from tncompile.passes.base import Change, Context, Pass
 
 

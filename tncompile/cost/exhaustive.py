@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 
 from tncompile.cost.schedule import KEPT_LAYOUTS, Layout, Scheduler, slide
-from tncompile.ir.core import Tree
+from tncompile.ir.tree import Tree
 
 _Way = tuple[float, Layout, Tree]
 MAX_WORK = 7_000

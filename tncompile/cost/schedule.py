@@ -28,8 +28,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tncompile.cost.profile import DeviceProfile
-from tncompile.ir.core import Index, Step, Term, Tree, Window, fold_tree
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.core import Index, Step, Term, Window
+from tncompile.ir.tree import Tree, flatten, fold_tree
 
 Layout = tuple[str, ...]
 _Form = tuple[float, str, Layout]
