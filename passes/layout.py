@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tncompile.cost.exhaustive import best_trees
-from tncompile.cost.schedule import KEPT_LAYOUTS, OpenEnded, classify
+from tncompile.cost.layouts import classify
+from tncompile.cost.schedule import KEPT_LAYOUTS, OpenEnded
 from tncompile.ir import Network, Opaque, Program, Step, Switch, Term, Tree, networks_of
 from tncompile.ir.edit import CannotEdit
 from tncompile.ir.tree import flatten

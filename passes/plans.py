@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tncompile.cost.exhaustive import best_trees
+from tncompile.cost.layouts import reduced_layouts
 from tncompile.cost.memory import price
-from tncompile.cost.schedule import Schedule, Scheduler, reduced_layouts
+from tncompile.cost.schedule import Schedule, Scheduler
 from tncompile.cost.search import TreeSearch
 from tncompile.ir import Network, Step, Term, Tree, dims
 from tncompile.ir.edit import merge_groups

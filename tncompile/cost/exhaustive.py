@@ -10,7 +10,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 
-from tncompile.cost.schedule import KEPT_LAYOUTS, Layout, Scheduler, slide
+from tncompile.cost.layouts import Layout, slide
+from tncompile.cost.schedule import KEPT_LAYOUTS, Scheduler
 from tncompile.ir.tree import Tree
 
 _Way = tuple[float, Layout, Tree]

@@ -19,8 +19,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tncompile.cost.layouts import Layout, classify
 from tncompile.cost.profile import DeviceProfile
-from tncompile.cost.schedule import Layout, classify
 from tncompile.ir.tree import Tree, fold_tree
 
 CALL = 6e-6
