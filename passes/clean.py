@@ -149,7 +149,7 @@ def _drop_dead(program: Program, changes: list[Change]) -> Program:
             live.update(node.inputs)
             kept.append(node)
         elif isinstance(node, Opaque):
-            opaque.append(node.value.name)
+            opaque += [node.value.name] * (node.output.dtype != "scalar")  # a size costs nothing
         else:
             changes.append(Change(node.value.name, f"dropped {node.value.name}", "nothing reads it"))
     if opaque:  # of an unrolled loop there may be hundreds
