@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.command import ROOT, case_names, check_document, environment, read, run_command, write
 from benchmarks.models import CASES
 from tncompile.commands.bench import WAYS, ways
 from tncompile.commands.options import sizes
-from tncompile.errors import TNCompileError
 from tncompile.runtime.device import DEVICES, providers
 from tncompile.runtime.files import write_file
 from tncompile.runtime.timing import wait_politely
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,30 +48,20 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def case_names(text: str) -> tuple[str, ...]:
-    """``"minilm_l6,crepe_tiny"`` -> names of cases; refuses others, as `argparse` wants it."""
-    found = tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in found if name not in CASES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no case {', '.join(unknown)}; the cases are {', '.join(CASES)}")
-    return found
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure what is missing and write everything anew. TNCompileError where the device or a file is not there."""
     providers(options.device)
     wait_politely()
-    if options.docs is not None and not options.docs.is_file():
-        raise TNCompileError(f"{options.docs}: no such file")
+    check_document(options.docs)
     options.out.mkdir(parents=True, exist_ok=True)
     store = options.out / "cases.json"
-    results = _stored(store)
+    results = read(store) if store.exists() else {}
     for number, name in enumerate(options.only, 1):
         if name in results and not options.again:
             continue
         start = time.perf_counter()
         results[name] = measure(name, options)
-        write_file(store, (json.dumps(results, indent=1) + "\n").encode())
+        write(store, results)
         line = report.brief(name, results[name])
         print(f"[{number}/{len(options.only)}] {line} ({time.perf_counter() - start:.0f} s)", flush=True)
     chosen = {name: results[name] for name in CASES if name in results}
@@ -91,17 +78,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stored(store: Path) -> dict[str, Any]:
-    if not store.exists():
-        return {}
-    try:
-        stored = json.loads(store.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TNCompileError(f"{store}: not readable ({error}); remove it, or give another --out") from error
-    assert isinstance(stored, dict)
-    return stored
-
-
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One case in a fresh process: whatever it does, the others are not touched."""
     keys = ("batch", "device", "limit", "threads", "seconds", "against", "profile")
@@ -109,10 +85,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [sys.executable, "-m", "benchmarks.worker", name, str(result), chosen]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         note = ""
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.case_limit)
+            done = subprocess.run(
+                command, env=environment(), capture_output=True, text=True, timeout=options.case_limit
+            )
             if done.returncode:
                 note = (
                     f"its process ended with {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1][:200]}"
@@ -127,12 +104,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 done, 1 refused, 2 wrong usage."""
-    options = parser().parse_args(arguments)
-    try:
-        return run(options)
-    except TNCompileError as error:
-        print(f"benchmarks.cases: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

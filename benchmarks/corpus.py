@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import ROOT, case_names
+from benchmarks.command import ROOT, case_names, check_document, environment, read, run_command, write
 from benchmarks.corpus_table import filled, markdown, summary
 from benchmarks.models import CASES
-from tncompile.errors import TNCompileError
 from tncompile.inspect.compiled import program_of
 from tncompile.ir import Switch
 from tncompile.runtime.files import write_file
@@ -51,17 +49,16 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Compile what is missing and write the table anew. TNCompileError for a file of results that is wrong."""
-    if options.docs is not None and not options.docs.is_file():
-        raise TNCompileError(f"{options.docs}: no such file")
-    times = {} if options.times is None else _read(options.times)
+    check_document(options.docs)
+    times = {} if options.times is None else read(options.times)
     options.out.mkdir(parents=True, exist_ok=True)
     store = options.out / "corpus.json"
-    results = _read(store) if store.exists() else {}
+    results = read(store) if store.exists() else {}
     todo = [n for n in options.only if options.again or n not in results or not all(map(passed, results[n]["files"]))]
     with ThreadPoolExecutor(options.jobs) as pool:
         for name, record in zip(todo, pool.map(lambda n: case(n, options.limit, options.kinds), todo), strict=True):
             results[name] = record
-            write_file(store, (json.dumps(results, indent=1) + "\n").encode())
+            write(store, results)
             print(_brief(name, record), flush=True)
     chosen = {name: results[name] for name in CASES if name in results}
     table = markdown(chosen, times)
@@ -129,11 +126,10 @@ def _compiled(file: Mapping[str, Any], folder: Path, batch: str, limit: float) -
 
 def _command(arguments: Sequence[str], limit: float) -> Record:
     """Run Python; its exit code (None where it was stopped), seconds, and a line of what it said where it failed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     start = time.perf_counter()
     try:
         done = subprocess.run(
-            [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=limit
+            [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=limit
         )
     except subprocess.TimeoutExpired:
         return {"exit": None, "seconds": limit, "refusal": f"stopped after {limit:g} s"}
@@ -158,23 +154,9 @@ def _brief(name: str, record: Mapping[str, Any]) -> str:
     return f"{name}: {'; '.join(parts)}"
 
 
-def _read(path: Path) -> Record:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TNCompileError(f"{path}: not readable ({error})") from error
-    assert isinstance(stored, dict)
-    return stored
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 all compiled and verified, 1 some did not, or refused; 2 wrong usage."""
-    options = parser().parse_args(arguments)
-    try:
-        return run(options)
-    except TNCompileError as error:
-        print(f"benchmarks.corpus: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from benchmarks.zoo import Layer, layers
 from tncompile.cost.devices import choose
 from tncompile.cost.profile import DeviceProfile
 from tncompile.ir import Network, Program, Switch, Tree
-from tncompile.ir.core import left_to_right
+from tncompile.ir.tree import left_to_right
 from tncompile.passes import Context, Order
 from tncompile.passes.plans import merge_constants, scheduler
 from tncompile.runtime.session import Session

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Switch, Tensor, Term
-from tncompile.ir.core import Arg
 from tncompile.ir.edit import drop_tensors, map_networks, substitute
+from tncompile.ir.opaque import Arg
 from tncompile.passes.base import Change, Context, Pass
 
 
@@ -149,7 +149,7 @@ def _drop_dead(program: Program, changes: list[Change]) -> Program:
             live.update(node.inputs)
             kept.append(node)
         elif isinstance(node, Opaque):
-            opaque.append(node.value.name)
+            opaque += [node.value.name] * (node.output.dtype != "scalar")  # a size costs nothing
         else:
             changes.append(Change(node.value.name, f"dropped {node.value.name}", "nothing reads it"))
     if opaque:  # of an unrolled loop there may be hundreds

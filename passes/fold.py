@@ -11,9 +11,9 @@ import numpy as np
 from tncompile.cost.search import optimal
 from tncompile.errors import SourceRef
 from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Tensor, Term
-from tncompile.ir.core import left_to_right
 from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, unique_cores
 from tncompile.ir.evaluate import einsum, evaluate, evaluate_term, merge
+from tncompile.ir.tree import left_to_right
 from tncompile.passes.base import Change, Context, Pass
 
 MOST_CONSTANT_TERMS = 16

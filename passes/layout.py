@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tncompile.cost.exhaustive import best_trees
-from tncompile.cost.schedule import KEPT_LAYOUTS, OpenEnded, classify
+from tncompile.cost.layouts import classify
+from tncompile.cost.schedule import KEPT_LAYOUTS, OpenEnded
 from tncompile.ir import Network, Opaque, Program, Step, Switch, Term, Tree, networks_of
 from tncompile.ir.edit import CannotEdit
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.tree import flatten
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.explain import instead
 from tncompile.passes.plans import key_of, scheduler

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tncompile.cost.layouts import reduced_layout
 from tncompile.cost.memory import network_peak, operand_elements, price, term_peak
-from tncompile.cost.schedule import reduced_layout
 from tncompile.errors import TNCompileError
 from tncompile.ir import Network, Node, Opaque, Program, Slice, Switch, Term, Tree
 from tncompile.passes.base import Change, Context, Pass

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
-from tncompile.ir.core import NETWORK_DTYPES, Arg
+from tncompile.ir.core import NETWORK_DTYPES
 from tncompile.ir.edit import fresh
+from tncompile.ir.opaque import Arg
 from tncompile.passes.equals import selection
 from tncompile.passes.stacks import GETITEM, SLICE
 

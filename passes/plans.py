@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tncompile.cost.exhaustive import best_trees
+from tncompile.cost.layouts import reduced_layouts
 from tncompile.cost.memory import price
-from tncompile.cost.schedule import Schedule, Scheduler, reduced_layouts
+from tncompile.cost.schedule import Schedule, Scheduler
 from tncompile.cost.search import TreeSearch
 from tncompile.ir import Network, Step, Term, Tree, dims
-from tncompile.ir.core import fold_tree, left_to_right, map_tree
 from tncompile.ir.edit import merge_groups
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.tree import flatten, fold_tree, left_to_right, map_tree
 from tncompile.passes.base import Context
 
 DENSE, TRACED, UNMERGED = "dense", "as traced", "nothing merged"

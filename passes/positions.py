@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from tncompile.errors import SourceRef
 from tncompile.ir import Array, Node, Opaque, Program, Ref, Tensor, Value
-from tncompile.ir.core import Arg
 from tncompile.ir.edit import fresh, unique_cores
+from tncompile.ir.opaque import Arg
 
 EMBEDDING, INDEX, INDEX_SELECT = "aten.embedding.default", "aten.index.Tensor", "aten.index_select.default"
 FLOOR, REMAINDER = ("aten.floor_divide.default", "aten.floor_divide.Scalar"), "aten.remainder.Scalar"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
-from tncompile.ir.core import NETWORK_DTYPES, Arg
+from tncompile.ir.core import NETWORK_DTYPES
+from tncompile.ir.opaque import Arg
 from tncompile.passes.base import Change, Context, Pass
 
 SELECT, SLICE, STACK = "aten.select.int", "aten.slice.Tensor", "aten.stack.default"

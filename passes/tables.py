@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term
-from tncompile.ir.core import left_to_right
 from tncompile.ir.edit import fresh, merge_groups
+from tncompile.ir.tree import left_to_right
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.explain import instead
 from tncompile.passes.plans import Limits, fastest

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tncompile.cost.layouts import reduced_layouts
 from tncompile.cost.profile import DeviceProfile
-from tncompile.cost.schedule import reduced_layouts
 from tncompile.cost.search import TreeSearch
 from tncompile.cost.training import TrainingCost, cheapest_tree
 from tncompile.ir import Network, Node, Program, Switch, Term, Tree, dims

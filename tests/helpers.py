@@ -19,7 +19,7 @@ from tncompile.frontend.importer import TracedModel
 from tncompile.ir import Array, Index, Network, Opaque, Program, Ref, Switch, dims, verify
 from tncompile.ir import evaluate as evaluate_network
 from tncompile.ir import text as ir_text
-from tncompile.ir.core import Arg, Value
+from tncompile.ir.opaque import Arg, Value
 from tncompile.passes import DEFAULT, Change, Context, Layout, Order, Pass, PassReport, Pipeline
 
 SYMBOLS: Mapping[str, int] = {"batch": 3, "seq": 5}

@@ -33,7 +33,8 @@ from tncompile.ir import (
     Value,
     dims,
 )
-from tncompile.ir.core import Arg, Constant, Node, Ref
+from tncompile.ir.core import Node
+from tncompile.ir.opaque import Arg, Constant, Ref
 
 SPACE = 4096
 """Upper bound of the product of all static index sizes that a network adds to those of its operands."""

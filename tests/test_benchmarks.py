@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, planning, report, worker
+from benchmarks import cases, command, planning, report, worker
 from benchmarks.models import CASES, Case, Loaded
 from benchmarks.networks import SHAPES
 from tncompile.errors import TNCompileError
@@ -120,7 +120,7 @@ def test_table_and_document() -> None:
     assert report.filled(once, text) == once
     with pytest.raises(TNCompileError, match="no lines"):
         report.filled("nothing", text)
-    performance = Path(cases.ROOT, "docs", "performance.md").read_text()
+    performance = Path(command.ROOT, "docs", "performance.md").read_text()
     assert report.BEGIN in performance and report.END in performance
 
 

@@ -21,8 +21,8 @@ from tests.helpers import assert_close
 from tncompile.errors import TNCompileError, UnsupportedError
 from tncompile.frontend import multilinear
 from tncompile.frontend.importer import TracedModel, import_exported
-from tncompile.frontend.multilinear import operator_name
 from tncompile.frontend.trace import trace
+from tncompile.frontend.translators import operator_name
 from tncompile.ir import Arg, Array, Constant, Network, Opaque, Program, Ref, verify
 from tncompile.ir import evaluate as evaluate_network
 from tncompile.ir import text as ir_text
@@ -219,7 +219,7 @@ def imported(name: str) -> tuple[Function, TracedModel]:
 def operations(name: str) -> set[str]:
     """The operations of a case that are to be networks."""
     graph = imported(name)[1].exported.graph_module.graph
-    return {operator_name(n) for n in graph.nodes if n.op == "call_function"} & {*multilinear._TRANSLATORS}
+    return {operator_name(n) for n in graph.nodes if n.op == "call_function"} & {*multilinear.TRANSLATORS}
 
 
 @pytest.mark.parametrize("name", MULTILINEAR)
@@ -242,14 +242,14 @@ def test_a_network_holds_at_other_batch_sizes(name: str) -> None:
 
 def test_every_translator_has_a_case() -> None:
     """By the operations in the traced graphs of the cases above."""
-    used = {multilinear._TRANSLATORS[name].__name__ for case in MULTILINEAR for name in operations(case)}
+    used = {multilinear.TRANSLATORS[name].__name__ for case in MULTILINEAR for name in operations(case)}
     # these are not in graphs of every version of torch
     used |= {"_batch_norm", "_convolution", "_dropout", "_movedim", "_to"}
-    assert used == {f.__name__ for f in multilinear._TRANSLATORS.values()}
+    assert used == {f.__name__ for f in multilinear.TRANSLATORS.values()}
 
 
 def test_translators_are_named_after_operations_that_torch_has() -> None:
-    missing = [n for n in multilinear._TRANSLATORS if not hasattr(torch.ops.aten, n.removeprefix("aten."))]
+    missing = [n for n in multilinear.TRANSLATORS if not hasattr(torch.ops.aten, n.removeprefix("aten."))]
     # attributes that are operations only where the dtype or the layout asks for it
     assert {*missing} <= {"aten.linalg_multi_dot"}, missing
 

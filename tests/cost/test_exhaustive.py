@@ -16,8 +16,7 @@ from tncompile.cost.devices import default_profile
 from tncompile.cost.exhaustive import SMALL, best_trees
 from tncompile.cost.schedule import Scheduler
 from tncompile.ir import Index, Tensor, Term, Tree, Value
-from tncompile.ir.core import left_to_right
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.tree import flatten, left_to_right
 
 PROFILE = default_profile("cpu")
 SIZES = st.sampled_from([1, 2, 5, 16, 60, 250])

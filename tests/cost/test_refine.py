@@ -13,8 +13,7 @@ from tncompile.cost.devices import default_profile
 from tncompile.cost.refine import Refiner
 from tncompile.cost.search import MAX_CORE_ELEMENTS
 from tncompile.ir import Program, Tree
-from tncompile.ir.core import fold_tree, left_to_right, map_tree
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.tree import flatten, fold_tree, left_to_right, map_tree
 from tncompile.passes import Clean, Context, MergeCores, Order
 from tncompile.passes.plans import tree_search
 

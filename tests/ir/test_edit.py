@@ -14,7 +14,7 @@ from hypothesis.strategies import DrawFn
 from tests.strategies import SYMBOLS, Builder, draw_network, feeds, networks, order_of, readable_dims, values_of
 from tncompile.ir import Array, Axis, Dim, Index, Network, Program, Tensor, Term, Value, dims, edit, evaluate, verify
 from tncompile.ir.edit import CannotEdit
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.tree import flatten
 
 Pair = tuple[tuple[Value, ...], Network, Network]
 

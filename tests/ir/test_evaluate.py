@@ -10,7 +10,8 @@ from hypothesis import given, settings
 
 from tests.strategies import SYMBOLS, feeds, networks
 from tncompile.ir import Array, Index, Network, Tensor, Term, Value, dims, evaluate
-from tncompile.ir.evaluate import contract, flatten
+from tncompile.ir.evaluate import contract
+from tncompile.ir.tree import flatten
 
 
 def reference(network: Network, operands: Mapping[str, Array]) -> Array:

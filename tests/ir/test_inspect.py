@@ -19,7 +19,7 @@ from tncompile.inspect import networkx_json, to_dot, to_json, to_networkx, to_te
 from tncompile.inspect.bonds import bonds, levels
 from tncompile.inspect.dot import quote
 from tncompile.ir import Opaque, Program, Value, text
-from tncompile.ir.core import Constant, Ref
+from tncompile.ir.opaque import Constant, Ref
 
 PROGRAM = text.parse("""\
 program

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.strategies import arguments, programs
 from tncompile.errors import ParseError, SourceRef
 from tncompile.ir import Index, Network, Opaque, Program, Tensor, Term, Value, text, verify
-from tncompile.ir.core import Constant, Ref, same_array
+from tncompile.ir.core import same_array
+from tncompile.ir.opaque import Constant, Ref
 
 EXAMPLE = textwrap.dedent(str(text.__doc__).split("\n\n")[1]) + "\n"
 

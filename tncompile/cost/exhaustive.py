@@ -10,8 +10,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 
-from tncompile.cost.schedule import KEPT_LAYOUTS, Layout, Scheduler, slide
-from tncompile.ir.core import Tree
+from tncompile.cost.layouts import Layout, slide
+from tncompile.cost.schedule import KEPT_LAYOUTS, Scheduler
+from tncompile.ir.tree import Tree
 
 _Way = tuple[float, Layout, Tree]
 MAX_WORK = 7_000

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from tncompile.cost.layouts import Layout, classify, reduced_layout
 from tncompile.cost.profile import DeviceProfile
-from tncompile.cost.schedule import Layout, Schedule, Scheduler, classify, reduced_layout
+from tncompile.cost.schedule import Schedule, Scheduler
 from tncompile.ir.core import Index, Network, Slice, Step, Term
 
 Sizes = Mapping[str, int]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tncompile.cost.profile import DeviceProfile
-from tncompile.ir.core import Tree, fold_tree
+from tncompile.ir.tree import Tree, fold_tree
 
 WIDTH = 6
 """Branches of a window: 3**WIDTH pairs of subsets are looked at."""

@@ -21,54 +21,27 @@ without a window:
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tncompile.cost.layouts import (
+    Classes,
+    Layout,
+    classify,
+    convolution,
+    orders,
+    reduced_layouts,
+    slide,
+    swapped,
+    together,
+)
 from tncompile.cost.profile import DeviceProfile
-from tncompile.ir.core import Index, Step, Term, Tree, Window, fold_tree
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.core import Index, Step, Term, Window
+from tncompile.ir.tree import Tree, flatten, fold_tree
 
-Layout = tuple[str, ...]
 _Form = tuple[float, str, Layout]
 KEPT_LAYOUTS = 12
-_MAX_PERMUTED = 3  # up to 3! orders of a core's free modes are tried
-MAX_SPACE = 3  # axes behind the channels that ONNX Runtime's Conv takes
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The roles of indices in one contraction, each in the order of the side they come from."""
-
-    batch: Layout
-    summed: Layout
-    left: Layout
-    right: Layout
-
-
-def classify(left: Layout, right: Layout, kept: Collection[str]) -> Classes:
-    """Sort the indices of a pair into R, K, M and N."""
-    shared = [i for i in left if i in right]
-    return Classes(
-        tuple(i for i in shared if i in kept),
-        tuple(i for i in shared if i not in kept),
-        tuple(i for i in left if i not in right),
-        tuple(i for i in right if i not in left),
-    )
-
-
-def reduced_layout(term: Term, position: int, output: Iterable[str]) -> Layout:
-    """A tensor's indices, each once and in order, without those that only this tensor has and that are summed."""
-    return reduced_layouts(term, output)[position]
-
-
-def reduced_layouts(term: Term, output: Iterable[str]) -> list[Layout]:
-    """`reduced_layout` of every tensor."""
-    names = [tuple(dict.fromkeys(i.name for i in t.indices)) for t in term.tensors]
-    held = Counter(itertools.chain(output, term.slid, *names))
-    return [tuple(name for name in layout if held[name] > 1) for layout in names]
 
 
 @dataclass(frozen=True)
@@ -257,7 +230,7 @@ class Scheduler:
     def _matmuls(self, x: Layout, y: Layout, core: bool, c: Classes) -> Iterable[_Form]:
         rows = tuple(i for i in x if i not in c.summed)
         first = (*c.batch, *c.left)  # few products of many rows each; a run-time right side is not broadcast over M1
-        in_place = _together(rows, c.batch) and (core or not c.batch or rows[: len(c.batch)] == c.batch)
+        in_place = together(rows, c.batch) and (core or not c.batch or rows[: len(c.batch)] == c.batch)
         yield from self._matmul(x, y, core, c, rows if in_place else first)
         if in_place and c.batch and rows != first:
             yield from self._matmul(x, y, core, c, first)
@@ -286,7 +259,7 @@ class Scheduler:
         """The orders that the free modes of a core may take."""
         if self.in_order and {*group} <= {*self.output}:
             return [tuple(i for i in self.output if i in group)]
-        return _orders(group)
+        return orders(group)
 
     def _core_lefts(self, x: Layout, c: Classes) -> Iterable[_Form]:
         block = (*c.batch, *c.summed)
@@ -304,7 +277,7 @@ class Scheduler:
         seconds = self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
         if before and not c.batch and after == self._shown(x)[-len(after) :]:  # may run as a 1x1 convolution
             seconds = min(seconds, self.profile.conv_time(batch, k, m, n, self.itemsize))
-        for free in _orders(c.right):
+        for free in orders(c.right):
             yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
 
     def _taken(self, kept: Collection[str], union: Collection[str]) -> set[str]:
@@ -329,7 +302,7 @@ class Scheduler:
             self.size(left),
             self.itemsize,
         )
-        for free in _orders(parts.filters):
+        for free in orders(parts.filters):
             yield seconds, "convolve", (*parts.batch, *parts.groups, *free, *left)
 
     def _multiply(self, x: Layout, y: Layout, core: bool, c: Classes) -> _Form:
@@ -365,7 +338,7 @@ class Scheduler:
         tail = 0
         while tail < len(layout) and layout[-1 - tail] == wanted[-1 - tail]:
             tail += 1
-        swap = _swap(layout[: len(layout) - tail], wanted[: len(wanted) - tail])
+        swap = swapped(layout[: len(layout) - tail], wanted[: len(wanted) - tail])
         sizes = (self.size(swap[0]), self.size(swap[1])) if swap else None
         block = self.size(layout[len(layout) - tail :])
         return self.profile.permute_time(self.size(layout), block, self.itemsize, swap is not None, sizes)
@@ -377,65 +350,6 @@ class OpenEnded(Scheduler):
     def finish(self, left: Layout, form: str, layout: Layout) -> float:
         """Nothing."""
         return 0.0
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """The roles of indices in a contraction with windows: of the left side in the order in which it must lie, and the
-    filters, which the kernel alone has."""
-
-    batch: Layout
-    groups: Layout
-    channels: Layout
-    space: Layout
-    filters: Layout
-
-    @property
-    def wanted(self) -> Layout:
-        """The layout of the left side."""
-        return (*self.batch, *self.groups, *self.channels, *self.space)
-
-
-def convolution(x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str]) -> Convolution:
-    """How a kernel `y` with `windows` over `x` is applied to it."""
-    c = classify(x, y, kept)
-    axes, kernels = {w.axis for w in windows}, {w.kernel for w in windows}
-    start = min(map(x.index, axes))
-    behind = [i for i in x[start:] if i in c.left]
-    if len(behind) > MAX_SPACE:
-        behind = [i for i in behind if i in axes]
-    batch = tuple(i for i in c.left if i not in behind)
-    return Convolution(batch, c.batch, c.summed, tuple(behind), tuple(i for i in c.right if i not in kernels))
-
-
-def slide(windows: Iterable[Window], union: Collection[str], kept: set[str]) -> set[str]:
-    """The indices that a contraction keeps, where windows whose two sides are in it leave their third index."""
-    for w in windows:
-        if w.axis in union and w.kernel in union:
-            kept = (kept - {w.axis, w.kernel}) | {w.out}
-    return kept
-
-
-def _swap(layout: Layout, wanted: Layout) -> tuple[Layout, Layout] | None:
-    """The two neighbouring blocks at the end that change places; None where more than that moves."""
-    head = next((k for k, (a, b) in enumerate(zip(layout, wanted, strict=True)) if a != b), 0)
-    a, b = layout[head:], wanted[head:]
-    cut = a.index(b[0])
-    return (a[:cut], a[cut:]) if a[cut:] + a[:cut] == b else None
-
-
-def _together(layout: Layout, group: Layout) -> bool:
-    """Whether a group stands in one piece and in its own order."""
-    if not group:
-        return True
-    start = layout.index(group[0])
-    return layout[start : start + len(group)] == group
-
-
-def _orders(group: Layout) -> Iterable[Layout]:
-    if len(group) <= _MAX_PERMUTED:
-        return itertools.permutations(group)
-    return [group, group[::-1]]
 
 
 def _linear(plan: _Plan, count: int) -> tuple[Step, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tncompile.cost.profile import DeviceProfile
 from tncompile.cost.refine import Refiner
-from tncompile.ir.core import Tree, fold_tree, left_to_right, map_tree
+from tncompile.ir.tree import Tree, fold_tree, left_to_right, map_tree
 
 Names = tuple[str, ...]
 MAX_CORE_ELEMENTS = 1 << 27

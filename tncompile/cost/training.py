@@ -19,9 +19,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tncompile.cost.layouts import Layout, classify
 from tncompile.cost.profile import DeviceProfile
-from tncompile.cost.schedule import Layout, classify
-from tncompile.ir.core import Tree, fold_tree
+from tncompile.ir.tree import Tree, fold_tree
 
 CALL = 6e-6
 """Seconds that PyTorch takes to begin a product and to turn its sides, on a CPU of today."""

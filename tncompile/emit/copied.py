@@ -13,7 +13,7 @@ from tncompile.emit.opaque import DOMAIN
 from tncompile.frontend.onnx.importer import CAPTURED, OnnxModel, subgraphs
 from tncompile.frontend.onnx.prepare import embed
 from tncompile.ir import Dim, Opaque, Program, Ref, Value
-from tncompile.ir.core import references
+from tncompile.ir.opaque import references
 
 
 def rebuild(program: Program, source: OnnxModel) -> onnx_ir.Model:

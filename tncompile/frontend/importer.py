@@ -15,23 +15,14 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.computable import computable
 from tncompile.frontend.equation import NotMultilinear
-from tncompile.frontend.multilinear import operator_name, translate
+from tncompile.frontend.multilinear import translate
 from tncompile.frontend.networks import NetworkBuilder, Result, Source
 from tncompile.frontend.sources import innermost_line
+from tncompile.frontend.translators import operator_name
 from tncompile.ir import dims
-from tncompile.ir.core import (
-    NETWORK_DTYPES,
-    Arg,
-    Array,
-    Constant,
-    Network,
-    Node,
-    Opaque,
-    Program,
-    Ref,
-    Value,
-)
+from tncompile.ir.core import NETWORK_DTYPES, Array, Network, Node, Program
 from tncompile.ir.edit import CannotEdit, fresh, unique_cores
+from tncompile.ir.opaque import Arg, Constant, Opaque, Ref, Value
 
 _DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in NETWORK_DTYPES}
 _REFUSED = {torch.complex32, torch.complex64, torch.complex128}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +15,22 @@ from tncompile.frontend.equation import Label, NotMultilinear
 from tncompile.frontend.equation import labels as _labels
 from tncompile.frontend.equation import number as _number
 from tncompile.frontend.equation import single as _single
+from tncompile.frontend.translators import (
+    TRANSLATORS,
+    Constant,
+    Context,
+    Equation,
+    Product,
+    Reshape,
+    Translation,
+    axis_of,
+    elementwise,
+    operator_name,
+    rank_of,
+    register,
+    shape_of,
+)
 from tncompile.ir import Value
-
-Product = algebra.Product[torch.fx.Node]
-Equation = algebra.Equation[torch.fx.Node]
-Reshape = algebra.Reshape[torch.fx.Node]
-Translation = Equation | Reshape
-Translator = Callable[..., Translation]
-T = TypeVar("T", bound=Translator)
-_TRANSLATORS: dict[str, Translator] = {}
-
-# evaluates a node that depends on weights alone
-Constant = Callable[[torch.fx.Node], torch.Tensor]
 
 
 def translate(node: torch.fx.Node, constant: Constant, is_constant: Callable[[Any], bool]) -> Translation:
@@ -35,7 +38,7 @@ def translate(node: torch.fx.Node, constant: Constant, is_constant: Callable[[An
     if operator_name(node) == "operator.getitem" and _is_batch_norm(node.args[0]) and node.args[1] == 0:
         node = node.args[0]  # type: ignore[assignment]
     name = operator_name(node)
-    translator = _TRANSLATORS.get(name)
+    translator = TRANSLATORS.get(name)
     if translator is None:
         raise NotMultilinear(f"{name} is not multilinear")
     context = Context(node, constant, is_constant)
@@ -49,154 +52,108 @@ def _is_batch_norm(source: Any) -> bool:
     return isinstance(source, torch.fx.Node) and "native_batch_norm" in operator_name(source)
 
 
-def operator_name(node: torch.fx.Node) -> str:
-    """``"aten.relu"`` for ``aten.relu.default``, ``"operator.getitem"`` for a Python operator."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket)
-    return f"operator.{getattr(target, '__name__', target)}"
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a translator may ask about its node."""
-
-    node: torch.fx.Node
-    constant: Constant
-    is_constant: Callable[[Any], bool]
-
-
-def _register(*names: str) -> Callable[[T], T]:
-    def add(function: T) -> T:
-        for name in names:
-            _TRANSLATORS[f"aten.{name}"] = function
-        return function
-
-    return add
-
-
-def shape_of(node: torch.fx.Node) -> torch.Size:
-    """The (possibly symbolic) shape of a node's value."""
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        raise NotMultilinear(f"{node.name} is not a tensor")
-    return value.shape
-
-
-def _rank(node: Any) -> int:
-    if not isinstance(node, torch.fx.Node):
-        raise NotMultilinear("a tensor was expected")
-    return len(shape_of(node))
-
-
-def _axis(dim: int, rank: int) -> int:
-    return dim + rank if dim < 0 else dim
-
-
-def _elementwise(node: torch.fx.Node, rank: int) -> list[Label]:
-    """Labels that align the axes of a tensor to the right, as broadcasting does."""
-    return algebra.broadcast(_rank(node), rank)
-
-
 # ------------------------------------------------------------------------------------ products
 
 
-@_register("linear")
+@register("linear")
 def _linear(c: Context, x: Any, weight: Any, bias: Any = None) -> Equation:
-    lead = _labels("d", _rank(x) - 1)
-    out: list[Label] = ["o"] if _rank(weight) == 2 else []
+    lead = _labels("d", rank_of(x) - 1)
+    out: list[Label] = ["o"] if rank_of(weight) == 2 else []
     terms = [Product([(x, [*lead, "i"]), (weight, [*out, "i"])])]
     if bias is not None:
-        terms.append(Product([(bias, ["o"] if _rank(bias) else [])]))
+        terms.append(Product([(bias, ["o"] if rank_of(bias) else [])]))
     return Equation(terms, [*lead, *out])
 
 
-@_register("mm", "bmm", "matmul")
+@register("mm", "bmm", "matmul")
 def _matmul(c: Context, a: Any, b: Any) -> Equation:
-    return algebra.matmul(a, _rank(a), b, _rank(b))
+    return algebra.matmul(a, rank_of(a), b, rank_of(b))
 
 
-@_register("dot", "vdot")
+@register("dot", "vdot")
 def _dot(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, ["k"]), (b, ["k"])])], [])
 
 
-@_register("mv")
+@register("mv")
 def _mv(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, ["m", "k"]), (b, ["k"])])], ["m"])
 
 
-@_register("outer", "ger")
+@register("outer", "ger")
 def _outer(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, ["m"]), (b, ["n"])])], ["m", "n"])
 
 
-@_register("inner")
+@register("inner")
 def _inner(c: Context, a: Any, b: Any) -> Equation:
-    left, right = _labels("m", _rank(a) - 1), _labels("n", _rank(b) - 1)
+    left, right = _labels("m", rank_of(a) - 1), _labels("n", rank_of(b) - 1)
     return Equation([Product([(a, [*left, "k"]), (b, [*right, "k"])])], [*left, *right])
 
 
-@_register("addmm", "baddbmm", "addmv", "addbmm")
+@register("addmm", "baddbmm", "addmv", "addbmm")
 def _addmm(c: Context, bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Equation:
-    rank_a, rank_b = _rank(a), _rank(b)
+    rank_a, rank_b = rank_of(a), rank_of(b)
     batch: list[Label] = ["d"] if rank_a == 3 else []
     column: list[Label] = ["n"] if rank_b > 1 else []
     output = ([] if operator_name(c.node) == "aten.addbmm" else batch) + ["m", *column]
     return Equation(
         [
             Product([(a, [*batch, "m", "k"]), (b, [*batch[: rank_b - 1], "k", *column])], _number(alpha)),
-            Product([(bias, output[len(output) - _rank(bias) :])], _number(beta)),
+            Product([(bias, output[len(output) - rank_of(bias) :])], _number(beta)),
         ],
         output,
     )
 
 
-@_register("bilinear")
+@register("bilinear")
 def _bilinear(c: Context, a: Any, b: Any, weight: Any, bias: Any = None) -> Equation:
-    lead = _labels("d", _rank(a) - 1)
+    lead = _labels("d", rank_of(a) - 1)
     terms = [Product([(a, [*lead, "i"]), (weight, ["o", "i", "j"]), (b, [*lead, "j"])])]
     if bias is not None:
         terms.append(Product([(bias, ["o"])]))
     return Equation(terms, [*lead, "o"])
 
 
-@_register("tensordot")
+@register("tensordot")
 def _tensordot(c: Context, a: Any, b: Any, dims_a: Sequence[int], dims_b: Sequence[int]) -> Equation:
-    left, right = _labels("m", _rank(a)), _labels("n", _rank(b))
+    left, right = _labels("m", rank_of(a)), _labels("n", rank_of(b))
     for k, (p, q) in enumerate(zip(dims_a, dims_b, strict=True)):
-        left[_axis(p, len(left))] = right[_axis(q, len(right))] = f"k{k}"
+        left[axis_of(p, len(left))] = right[axis_of(q, len(right))] = f"k{k}"
     summed = {f"k{k}" for k in range(len(dims_a))}
     return Equation([Product([(a, left), (b, right)])], [x for x in (*left, *right) if x not in summed])
 
 
-@_register("einsum")
+@register("einsum")
 def _einsum(c: Context, equation: str, operands: Sequence[Any], *, path: Any = None) -> Equation:
-    return algebra.einsum(equation, operands, [_rank(x) for x in operands])
+    return algebra.einsum(equation, operands, [rank_of(x) for x in operands])
 
 
-@_register("linalg_multi_dot", "chain_matmul")
+@register("linalg_multi_dot", "chain_matmul")
 def _multi_dot(c: Context, matrices: Sequence[Any]) -> Equation:
     factors: list[tuple[torch.fx.Node, list[Label]]] = []
     last = len(matrices) - 1
     for k, m in enumerate(matrices):
         labels: list[Label] = [f"k{k}", f"k{k + 1}"]
-        factors.append((m, labels if _rank(m) == 2 else labels[1:] if k == 0 else labels[:1]))
-    output = [*(["k0"] if _rank(matrices[0]) == 2 else []), *([f"k{last + 1}"] if _rank(matrices[last]) == 2 else [])]
+        factors.append((m, labels if rank_of(m) == 2 else labels[1:] if k == 0 else labels[:1]))
+    output = [
+        *(["k0"] if rank_of(matrices[0]) == 2 else []),
+        *([f"k{last + 1}"] if rank_of(matrices[last]) == 2 else []),
+    ]
     return Equation([Product(factors)], output)
 
 
-@_register("mul")
+@register("mul")
 def _mul(c: Context, a: Any, b: Any) -> Equation:
     rank = len(shape_of(c.node))
     if not isinstance(a, torch.fx.Node):
         a, b = b, a
     if not isinstance(b, torch.fx.Node):
-        return _single(a, _elementwise(a, rank), _labels("d", rank), _number(b))
-    return Equation([Product([(a, _elementwise(a, rank)), (b, _elementwise(b, rank))])], _labels("d", rank))
+        return _single(a, elementwise(a, rank), _labels("d", rank), _number(b))
+    return Equation([Product([(a, elementwise(a, rank)), (b, elementwise(b, rank))])], _labels("d", rank))
 
 
-@_register("div", "true_divide")
+@register("div", "true_divide")
 def _div(c: Context, a: Any, b: Any, *, rounding_mode: Any = None) -> Equation:
     rank = len(shape_of(c.node))
     if rounding_mode is not None or not isinstance(a, torch.fx.Node):
@@ -204,30 +161,30 @@ def _div(c: Context, a: Any, b: Any, *, rounding_mode: Any = None) -> Equation:
     if not isinstance(b, torch.fx.Node):
         if _number(b) == 0:
             raise NotMultilinear("a division by zero")
-        return _single(a, _elementwise(a, rank), _labels("d", rank), 1.0 / _number(b))
+        return _single(a, elementwise(a, rank), _labels("d", rank), 1.0 / _number(b))
     if not c.is_constant(b):
         raise NotMultilinear("a division by a value that is not constant")
-    inverse = (f"{b.name}.reciprocal", c.constant(b).double().reciprocal().numpy(), _elementwise(b, rank))
-    return Equation([Product([(a, _elementwise(a, rank))], constants=[inverse])], _labels("d", rank))
+    inverse = (f"{b.name}.reciprocal", c.constant(b).double().reciprocal().numpy(), elementwise(b, rank))
+    return Equation([Product([(a, elementwise(a, rank))], constants=[inverse])], _labels("d", rank))
 
 
-@_register("neg")
+@register("neg")
 def _neg(c: Context, a: Any) -> Equation:
-    labels = _labels("d", _rank(a))
+    labels = _labels("d", rank_of(a))
     return _single(a, labels, labels, -1.0)
 
 
-@_register("addcmul")
+@register("addcmul")
 def _addcmul(c: Context, base: Any, a: Any, b: Any, *, value: Any = 1) -> Equation:
     rank = len(shape_of(c.node))
-    product = Product([(a, _elementwise(a, rank)), (b, _elementwise(b, rank))], _number(value))
-    return Equation([Product([(base, _elementwise(base, rank))]), product], _labels("d", rank))
+    product = Product([(a, elementwise(a, rank)), (b, elementwise(b, rank))], _number(value))
+    return Equation([Product([(base, elementwise(base, rank))]), product], _labels("d", rank))
 
 
 # ------------------------------------------------------------------------------------ sums
 
 
-@_register("add", "sub", "rsub")
+@register("add", "sub", "rsub")
 def _add(c: Context, a: Any, b: Any, *, alpha: Any = 1) -> Equation:
     rank = len(shape_of(c.node))
     name = operator_name(c.node)
@@ -235,20 +192,20 @@ def _add(c: Context, a: Any, b: Any, *, alpha: Any = 1) -> Equation:
     terms = []
     for x, scale in zip((a, b), scales, strict=True):
         if isinstance(x, torch.fx.Node):
-            terms.append(Product([(x, _elementwise(x, rank))], scale))
+            terms.append(Product([(x, elementwise(x, rank))], scale))
         elif _number(x) * scale != 0:
             value = np.asarray(_number(x) * scale)
             terms.append(Product([], constants=[(f"{c.node.name}.constant", value, [])]))
     return Equation(terms, _labels("d", rank))
 
 
-@_register("sum", "mean")
+@register("sum", "mean")
 def _sum(c: Context, a: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Equation:
     shape = shape_of(a)
     if dtype not in (None, a.meta["val"].dtype):
         raise NotMultilinear("a sum in another dtype")
     dims = range(len(shape)) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
-    summed = {_axis(d, len(shape)) for d in dims}
+    summed = {axis_of(d, len(shape)) for d in dims}
     labels = _labels("d", len(shape))
     output = [f"one{k}" if k in summed else x for k, x in enumerate(labels) if keepdim or k not in summed]
     scale = 1.0
@@ -263,77 +220,77 @@ def _sum(c: Context, a: Any, dim: Any = None, keepdim: bool = False, *, dtype: A
 # ------------------------------------------------------------------------------------ views
 
 
-@_register("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "_reshape_alias")
+@register("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "_reshape_alias")
 def _reshape(c: Context, a: Any, *_: Any) -> Reshape:
     return Reshape(a)
 
 
-@_register("squeeze", "unsqueeze", "squeeze_copy", "unsqueeze_copy")
+@register("squeeze", "unsqueeze", "squeeze_copy", "unsqueeze_copy")
 def _squeeze(c: Context, a: Any, *_: Any) -> Reshape:
     return Reshape(a)
 
 
-@_register("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "reshape_as")
+@register("clone", "alias", "detach", "contiguous", "lift_fresh_copy", "positive", "view_as", "reshape_as")
 def _identity(c: Context, a: Any, *_: Any, memory_format: Any = None) -> Reshape:
     return Reshape(a)
 
 
-@_register("slice", "slice_copy")
+@register("slice", "slice_copy")
 def _slice(c: Context, a: Any, *_: Any, **__: Any) -> Reshape:
     if [str(s) for s in shape_of(a)] != [str(s) for s in shape_of(c.node)]:
         raise NotMultilinear("a slice of a part")
     return Reshape(a)  # the whole of a mode: what the colon of ``x[:, None]`` leaves
 
 
-@_register("dropout")
+@register("dropout")
 def _dropout(c: Context, a: Any, p: float, train: bool) -> Reshape:
     if train:
         raise NotMultilinear("dropout in training mode")
     return Reshape(a)
 
 
-@_register("_to_copy", "to")
+@register("_to_copy", "to")
 def _to(c: Context, a: Any, *_: Any, **__: Any) -> Reshape:
     if a.meta["val"].dtype != c.node.meta["val"].dtype:
         raise NotMultilinear("a change of dtype")
     return Reshape(a)
 
 
-@_register("permute", "permute_copy")
+@register("permute", "permute_copy")
 def _permute(c: Context, a: Any, order: Sequence[int]) -> Equation:
-    labels = _labels("d", _rank(a))
+    labels = _labels("d", rank_of(a))
     return _single(a, labels, [labels[k] for k in order])
 
 
-@_register("transpose", "swapaxes", "swapdims", "transpose_copy")
+@register("transpose", "swapaxes", "swapdims", "transpose_copy")
 def _transpose(c: Context, a: Any, p: int, q: int) -> Equation:
-    labels = _labels("d", _rank(a))
+    labels = _labels("d", rank_of(a))
     output = list(labels)
     if labels:
         output[p], output[q] = labels[q], labels[p]
     return _single(a, labels, output)
 
 
-@_register("t", "numpy_T", "adjoint", "mT")
+@register("t", "numpy_T", "adjoint", "mT")
 def _t(c: Context, a: Any) -> Equation:
-    labels = _labels("d", _rank(a))
+    labels = _labels("d", rank_of(a))
     return _single(a, labels, labels[::-1] if "numpy" in operator_name(c.node) else [*labels[:-2], *labels[:-3:-1]])
 
 
-@_register("movedim", "moveaxis")
+@register("movedim", "moveaxis")
 def _movedim(c: Context, a: Any, source: Any, target: Any) -> Equation:
-    rank = _rank(a)
-    sources = [_axis(d, rank) for d in ([source] if isinstance(source, int) else source)]
-    targets = [_axis(d, rank) for d in ([target] if isinstance(target, int) else target)]
+    rank = rank_of(a)
+    sources = [axis_of(d, rank) for d in ([source] if isinstance(source, int) else source)]
+    targets = [axis_of(d, rank) for d in ([target] if isinstance(target, int) else target)]
     labels = _labels("d", rank)
     placed = dict(zip(targets, sources, strict=True))
     rest = iter(k for k in range(rank) if k not in sources)
     return _single(a, labels, [labels[placed[k] if k in placed else next(rest)] for k in range(rank)])
 
 
-@_register("select", "select_copy")
+@register("select", "select_copy")
 def _select(c: Context, a: Any, dim: int, index: int) -> Equation:
-    labels, axis = _labels("d", _rank(a)), _axis(dim, _rank(a))
+    labels, axis = _labels("d", rank_of(a)), axis_of(dim, rank_of(a))
     rest = [label for k, label in enumerate(labels) if k != axis]
     size = shape_of(a)[axis]
     if size == 1:
@@ -346,16 +303,16 @@ def _select(c: Context, a: Any, dim: int, index: int) -> Equation:
     return Equation([Product([(a, labels)], constants=[(f"{c.node.name}.unit", unit.numpy(), [labels[axis]])])], rest)
 
 
-@_register("expand", "expand_as", "broadcast_to", "expand_copy")
+@register("expand", "expand_as", "broadcast_to", "expand_copy")
 def _expand(c: Context, a: Any, *_: Any, implicit: bool = False) -> Equation:
     rank = len(shape_of(c.node))
-    return _single(a, _elementwise(a, rank), _labels("d", rank))
+    return _single(a, elementwise(a, rank), _labels("d", rank))
 
 
-@_register("diagonal", "diagonal_copy")
+@register("diagonal", "diagonal_copy")
 def _diagonal(c: Context, a: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Equation:
-    labels = _labels("d", _rank(a))
-    p, q = _axis(dim1, len(labels)), _axis(dim2, len(labels))
+    labels = _labels("d", rank_of(a))
+    p, q = axis_of(dim1, len(labels)), axis_of(dim2, len(labels))
     if offset or shape_of(a)[p] != shape_of(a)[q]:
         raise NotMultilinear("an off-diagonal")
     labels[p] = labels[q] = "k"
@@ -365,7 +322,7 @@ def _diagonal(c: Context, a: Any, offset: int = 0, dim1: int = 0, dim2: int = 1)
 # ------------------------------------------------------------------------------------ layers
 
 
-@_register("conv1d", "conv2d", "conv3d")
+@register("conv1d", "conv2d", "conv3d")
 def _conv(
     c: Context,
     x: Any,
@@ -385,7 +342,7 @@ def _conv(
     return convolution(x, value, weight, kernel, bias, sliding, c.is_constant(weight))
 
 
-@_register("convolution")
+@register("convolution")
 def _convolution(
     c: Context,
     x: Any,
@@ -420,7 +377,7 @@ def _padding(padding: Any, taps: Sequence[Any], dilation: Sequence[int]) -> Iter
     yield from ((p, p) for p in _each(0 if padding == "valid" else padding, len(taps)))
 
 
-@_register("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")
+@register("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")
 def _batch_norm(c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Equation:
     *training, _, eps = rest[:3] if "legit" not in operator_name(c.node) else rest
     if any(training):
@@ -433,7 +390,7 @@ def _batch_norm(c: Context, x: Any, weight: Any, bias: Any, mean: Any, var: Any,
     shift = -c.constant(mean).double() * scale
     if bias is not None:
         shift = shift + c.constant(bias).double()
-    labels = _labels("d", _rank(x))
+    labels = _labels("d", rank_of(x))
     factor, offset = scale.numpy(), shift.numpy()
     prefix = mean.name.removeprefix("b_").removesuffix("_running_mean")
     return Equation(

@@ -12,8 +12,9 @@ import numpy as np
 from tncompile.errors import SourceRef
 from tncompile.frontend.equation import Equation, NotMultilinear, Product, Reshape
 from tncompile.ir import dims
-from tncompile.ir.core import Array, Axis, Index, Network, Tensor, Term, Value
+from tncompile.ir.core import Array, Axis, Index, Network, Tensor, Term
 from tncompile.ir.edit import fresh, refine, substitute
+from tncompile.ir.opaque import Value
 
 S = TypeVar("S")
 

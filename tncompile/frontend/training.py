@@ -13,7 +13,7 @@ from tncompile.errors import UnsupportedError
 from tncompile.frontend.computable import functionalized
 from tncompile.frontend.importer import Importer
 from tncompile.ir import Program
-from tncompile.ir.core import Ref, Value
+from tncompile.ir.opaque import Ref, Value
 
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER)
 

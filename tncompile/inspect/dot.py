@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from tncompile.errors import SourceRef
 from tncompile.inspect.bonds import Bond, bonds, levels
-from tncompile.ir.core import Axis, Index, Network, Opaque, Program, Switch, Tensor, Term, Value
+from tncompile.ir.core import Axis, Index, Network, Program, Switch, Tensor, Term
 from tncompile.ir.dims import Dim
+from tncompile.ir.opaque import Opaque, Value
 
 HEADER = """\
 digraph program {

@@ -6,8 +6,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tncompile.inspect.bonds import bonds
-from tncompile.ir.core import Axis, Network, Opaque, Program, Switch, Term
+from tncompile.ir.core import Axis, Network, Program, Switch, Term
 from tncompile.ir.dims import Dim
+from tncompile.ir.opaque import Opaque
 
 if TYPE_CHECKING:
     import networkx

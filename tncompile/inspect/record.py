@@ -8,7 +8,8 @@ from typing import Any
 
 from tncompile.errors import SourceRef
 from tncompile.inspect.bonds import bonds
-from tncompile.ir.core import Arg, Array, Constant, Index, Node, Opaque, Program, Ref, Switch, Tensor, Term, Value
+from tncompile.ir.core import Array, Index, Node, Program, Switch, Tensor, Term
+from tncompile.ir.opaque import Arg, Constant, Opaque, Ref, Value
 
 FORMAT = "tncompile.program"
 VERSION = 1

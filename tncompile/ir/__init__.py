@@ -2,30 +2,25 @@
 
 from tncompile.errors import SourceRef
 from tncompile.ir.core import (
-    Arg,
     Array,
     Axis,
-    Constant,
     Index,
     Network,
     Node,
-    Opaque,
     Program,
     Recipe,
-    Ref,
     Slice,
     Step,
     Switch,
     Tensor,
     Term,
-    Tree,
-    Value,
     Window,
     networks_of,
-    references,
 )
 from tncompile.ir.dims import Dim
 from tncompile.ir.evaluate import evaluate
+from tncompile.ir.opaque import Arg, Constant, Opaque, Ref, Value, references
+from tncompile.ir.tree import Tree
 from tncompile.ir.verify import Stage, verify
 
 __all__ = [

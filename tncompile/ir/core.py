@@ -1,4 +1,4 @@
-"""The tensor-network IR: indices, tensors, terms, networks, opaque nodes, programs. All immutable.
+"""The tensor-network IR: indices, tensors, terms, networks, programs. All immutable.
 
 A `Network` is a sum of terms, each one einsum over any number of tensors. Splits and merges of modes are
 not operations of their own: an axis of a tensor is a *group* of indices, ``x[batch, (i1 i2 i3)]``, read in
@@ -9,10 +9,10 @@ cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from tncompile.errors import SourceRef
 from tncompile.ir import dims
 from tncompile.ir.dims import Dim
+from tncompile.ir.opaque import Opaque, Value
+from tncompile.ir.tree import Tree, left_to_right, map_tree
 
 Array = NDArray[Any]
 
 NETWORK_DTYPES = ("float32", "float64", "float16")
 """What a network may be computed in, as numpy spells it."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,6 @@ def same_array(a: Array | None, b: Array | None) -> bool:
     if a is b:
         return True
     return a.dtype == b.dtype and a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
-
-
-Tree = int | tuple[Any, ...]
-"""A contraction order: a tensor's position, or a tuple of trees contracted from left to right."""
 
 
 @dataclass(frozen=True)
@@ -204,45 +201,6 @@ class Term:
         return {i.name: i for t in self.tensors for i in t.indices}
 
 
-def fold_tree(tree: Tree, leaf: Callable[[int], T], join: Callable[[T, T], T]) -> T:
-    """What `join` makes of the branches of an order, pair by pair from left to right, and `leaf` of its positions.
-
-    Without recursion: the order of a chain is as deep as the chain is long.
-    """
-    todo: list[Tree | None] = [tree]
-    done: list[T] = []
-    while todo:
-        item = todo.pop()
-        if item is None:
-            right, left = done.pop(), done.pop()
-            done.append(join(left, right))
-        elif isinstance(item, int):
-            done.append(leaf(item))
-        else:
-            first, *others = item
-            todo += [part for branch in reversed(others) for part in (None, branch)]
-            todo.append(first)
-    (result,) = done
-    return result
-
-
-def map_tree(tree: Tree, leaf: Callable[[int], Tree]) -> Tree:
-    """Replace every leaf of an order; every branch of the result is a pair."""
-
-    def join(a: Tree, b: Tree) -> Tree:
-        return a, b
-
-    return fold_tree(tree, leaf, join)
-
-
-def left_to_right(positions: Any) -> Tree:
-    """The order ``(((0, 1), 2), 3)`` of positions, or of whole trees."""
-    tree: Tree | None = None
-    for position in positions:
-        tree = position if tree is None else (tree, position)
-    return () if tree is None else tree
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a core's data came to be: the contraction of `term`, which has cores only, with one axis for each of `kept`.
@@ -307,67 +265,6 @@ class Network:
     def value(self) -> Value:
         """The value that the network computes."""
         return Value(self.output.name, self.dtype, self.output.shape)
-
-
-@dataclass(frozen=True)
-class Value:
-    """A named value: dtype as numpy spells it and shape, or dtype ``"scalar"`` / ``"tuple"`` and no shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[Dim, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Ref:
-    """An argument of an opaque node that names a value or a weight."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Constant:
-    """An argument that only torch knows how to write, such as ``torch.float32``, by its spelling."""
-
-    spelling: str
-
-
-Arg = Ref | Constant | int | float | bool | str | None | tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """A traced operation that is not multilinear, kept whole: ``target(*args, **kwargs)``.
-
-    `target` is torch's name of the overload (``"aten.relu.default"``) or of a Python operator
-    (``"operator.getitem"``).
-    """
-
-    name: str
-    target: str
-    args: tuple[Arg, ...]
-    kwargs: tuple[tuple[str, Arg], ...]
-    output: Value
-    source: SourceRef = field(default=SourceRef(), compare=False)
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of values and weights read, each once."""
-        return tuple(dict.fromkeys(r.name for r in references((*self.args, *(v for _, v in self.kwargs)))))
-
-    @property
-    def value(self) -> Value:
-        """The value that the operation computes."""
-        return self.output
-
-
-def references(arg: Arg) -> Iterator[Ref]:
-    """All the references inside an argument."""
-    if isinstance(arg, Ref):
-        yield arg
-    elif isinstance(arg, tuple):
-        for item in arg:
-            yield from references(item)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from tncompile.errors import ParseError, SourceRef
-from tncompile.ir.core import Arg, Axis, Constant, Index, Ref, Tree, Value
+from tncompile.ir.core import Axis, Index
 from tncompile.ir.dims import Dim
+from tncompile.ir.opaque import Arg, Constant, Ref, Value
+from tncompile.ir.tree import Tree
 
 T = TypeVar("T")
 

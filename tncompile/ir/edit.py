@@ -11,23 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from tncompile.ir import dims
-from tncompile.ir.core import (
-    Axis,
-    Index,
-    Network,
-    Node,
-    Opaque,
-    Program,
-    Recipe,
-    Switch,
-    Tensor,
-    Term,
-    Tree,
-    Window,
-    fold_tree,
-    map_tree,
-)
+from tncompile.ir.core import Axis, Index, Network, Node, Program, Recipe, Switch, Tensor, Term, Window
 from tncompile.ir.evaluate import merge
+from tncompile.ir.opaque import Opaque
+from tncompile.ir.tree import Tree, fold_tree, map_tree
 from tncompile.ir.verify import wrong_windows
 
 

@@ -8,22 +8,10 @@ from typing import Any
 import numpy as np
 
 from tncompile.ir import dims
-from tncompile.ir.core import Array, Index, Network, Tensor, Term, Tree, Window, fold_tree, left_to_right
+from tncompile.ir.core import Array, Index, Network, Tensor, Term, Window
+from tncompile.ir.tree import Tree, flatten, fold_tree, left_to_right
 
 Labelled = tuple[Array, tuple[str, ...]]
-
-
-def flatten(tree: Tree) -> tuple[int, ...]:
-    """The positions in a contraction order, from left to right."""
-    found: list[int] = []
-    todo = [tree]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, int):
-            found.append(item)
-        else:
-            todo += reversed(item)
-    return tuple(found)
 
 
 def einsum(operands: Sequence[Labelled], output: Sequence[str]) -> Array:

@@ -7,25 +7,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tncompile.errors import ParseError
-from tncompile.ir.core import (
-    Arg,
-    Array,
-    Index,
-    Network,
-    Node,
-    Opaque,
-    Program,
-    Slice,
-    Step,
-    Switch,
-    Tensor,
-    Term,
-    Tree,
-    Value,
-    Window,
-)
+from tncompile.ir.core import Array, Index, Network, Node, Program, Slice, Step, Switch, Tensor, Term, Window
 from tncompile.ir.cursor import NAME, Cursor
 from tncompile.ir.dims import Dim
+from tncompile.ir.opaque import Arg, Opaque, Value
+from tncompile.ir.tree import Tree
 
 
 def parse(text: str, arrays: Mapping[str, Array] | None = None) -> Program:

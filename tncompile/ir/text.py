@@ -36,10 +36,12 @@ import json
 from collections.abc import Iterator
 
 from tncompile.errors import SourceRef
-from tncompile.ir.core import Arg, Constant, Node, Opaque, Program, Ref, Switch, Tensor, Tree, Value, left_to_right
+from tncompile.ir.core import Node, Program, Switch, Tensor
 from tncompile.ir.cursor import NAME, RESERVED, SPELLING, is_plain_dim
 from tncompile.ir.dims import Dim
+from tncompile.ir.opaque import Arg, Constant, Opaque, Ref, Value
 from tncompile.ir.parser import parse
+from tncompile.ir.tree import Tree, left_to_right
 
 __all__ = ["dump", "dump_node", "parse"]
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from tncompile.errors import VerificationError
 from tncompile.ir import dims
-from tncompile.ir.core import Array, Network, Node, Opaque, Program, Step, Switch, Tensor, Term, Value, networks_of
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.core import Array, Network, Node, Program, Step, Switch, Tensor, Term, networks_of
+from tncompile.ir.opaque import Opaque, Value
+from tncompile.ir.tree import flatten
 
 Stage = Literal["traced", "scheduled"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from tncompile.cost.layouts import Layout
 from tncompile.cost.profile import DeviceProfile
-from tncompile.cost.schedule import Layout
 from tncompile.cost.training import Form, Pair, fits, is_recomputed
 from tncompile.errors import UnsupportedError
 from tncompile.ir import Index, Network, Tensor, Term

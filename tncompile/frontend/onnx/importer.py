@@ -27,8 +27,9 @@ from tncompile.frontend.onnx.shapes import Shapes
 from tncompile.frontend.onnx.symbols import Symbols
 from tncompile.frontend.sources import innermost_line
 from tncompile.ir import Array, Dim, Node, Opaque, Program, Ref, Value
-from tncompile.ir.core import NETWORK_DTYPES, Arg
+from tncompile.ir.core import NETWORK_DTYPES
 from tncompile.ir.edit import CannotEdit, fresh, unique_cores
+from tncompile.ir.opaque import Arg
 
 IDENTITY = "onnx.Identity"
 CAPTURED = "captured"
