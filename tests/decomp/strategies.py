@@ -9,12 +9,12 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from tncompile.decomp import CP, SVD, BlockTrain, Hierarchical, Kronecker, MatrixTrain, Ring, TensorTrain, Tucker
+from tncompile.decomp import CP, SVD, BlockTrain, Hierarchical, Kronecker, MatrixTrain, Ring, Split, TensorTrain, Tucker
 from tncompile.decomp.base import Axes
 from tncompile.ir import Array
 
-FORMATS: tuple[Any, ...] = (SVD, TensorTrain, MatrixTrain, Tucker, Hierarchical, Ring, BlockTrain, CP, Kronecker)
-TREES: tuple[Any, ...] = (SVD, TensorTrain, MatrixTrain, Tucker, Hierarchical, BlockTrain)
+FORMATS: tuple[Any, ...] = (SVD, Split, TensorTrain, MatrixTrain, Tucker, Hierarchical, Ring, BlockTrain, CP, Kronecker)
+TREES: tuple[Any, ...] = (SVD, Split, TensorTrain, MatrixTrain, Tucker, Hierarchical, BlockTrain)
 ROUNDING = 1e-12
 """The relative error allowed to float64 arithmetic on a few hundred numbers."""
 

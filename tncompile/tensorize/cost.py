@@ -34,7 +34,10 @@ def stored_bytes(site: Site, replacement: Replacement | None = None) -> int:
 
 
 class Predictor:
-    """Predicts for the sites of one composed program (see `sites.composed`); what is alike is planned once."""
+    """Predicts for the sites of one composed program (see `sites.composed`); what is alike is planned once.
+
+    One site is replaced at a time: where a network holds the weights of several layers, the others are as they were.
+    """
 
     def __init__(self, program: Program, context: Context) -> None:
         self.program = program
