@@ -6,7 +6,7 @@ metadata of its nodes), or the first output of another node that reads weights: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from tncompile.runtime.quantized_sites import Site, sites
 from tncompile.runtime.quantized_stored import Writer, eight_bit_rows, four_bit_rows
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 __all__ = ["BITS", "STORED", "quantizable", "quantize", "simulated", "stored_bytes", "whole"]
 
@@ -136,7 +136,11 @@ def _computed(group: _Group, constants: Constants, seen: Ranges, names: Names) -
     if group.nodes[0].op_type == "Gather":
         return {identity(node): _table(node, group.bits, constants, names) for node in group.nodes}
     part = sheet(group.nodes, _shown(group.graph, group.nodes), constants)
-    ways = {"int8": dynamic, "int8-static": partial(static, ranges=seen), "int4": four}
+    ways: dict[str, Callable[[ModelProto], ModelProto]] = {
+        "int8": dynamic,
+        "int8-static": partial(static, ranges=seen),
+        "int4": four,
+    }
     return back(group.nodes, ways[group.bits](part), constants, names)
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tncompile.ir import Array, Index, Opaque, Program, Ref, Tensor, Term, Window
-from tncompile.ir.core import left_to_right, networks_of
+from tncompile.ir.core import networks_of
 from tncompile.ir.evaluate import Labelled, contract, einsum
+from tncompile.ir.tree import left_to_right
 from tncompile.passes.positions import EMBEDDING
 from tncompile.tensorize.sites import Part
 

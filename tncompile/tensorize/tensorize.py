@@ -6,9 +6,9 @@ import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -310,8 +310,8 @@ class _Search:
         if not made.train:
             raise TNCompileError("healing needs calibration data (--calibrate)")
         healed = heal(
-            student,
-            self.loaded,
+            cast("torch.export.ExportedProgram", student),
+            cast("torch.export.ExportedProgram", self.loaded),
             made.train,
             seconds=self.healing.seconds,
             end_to_end=self.healing.end_to_end,
