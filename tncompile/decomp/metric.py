@@ -34,7 +34,9 @@ class Metric:
 
     @staticmethod
     def of_moments(moments: Array, modes: Sequence[int] | None = None, regularization: float = 1e-6) -> Metric:
-        """From second moments ``[in, in]``, or their diagonal ``[in]``, for the modes of the input (by default one).
+        """From second moments ``[in, in]``, for the modes of the input (by default one).
+
+        Of diagonal ones, ``[in]``, scales are diagonals too.
 
         `regularization` times the mean of the diagonal is added to it, so that directions that the inputs never take
         keep a little weight and S has an inverse. Raises TNCompileError where the moments are not symmetric or fit no
@@ -53,7 +55,8 @@ class Metric:
             raise TNCompileError("second moments are symmetric: give the mean of outer products of the inputs")
         if regularization <= 0:
             raise TNCompileError(f"regularization must be above 0, not {regularization}")
-        roots = [_root(_partial(moments, modes, k), regularization) for k in range(len(modes))]
+        root = _root if moments.ndim == 2 else _diagonal_root
+        roots = [root(_partial(moments, modes, k), regularization) for k in range(len(modes))]
         return Metric(tuple(s for s, _ in roots), tuple(i for _, i in roots))
 
     @staticmethod
@@ -102,10 +105,6 @@ def _root(moments: Array, regularization: float) -> tuple[Array, Array]:
 
     The symmetric one; of many inputs that of Cholesky, several times as fast.
     """
-    if moments.ndim == 1:
-        mean = float(np.mean(moments))
-        diagonal = np.sqrt(np.maximum(moments, 0.0) + (regularization * mean if mean > 0 else 1.0))
-        return diagonal, 1 / diagonal
     if len(moments) >= LARGE:
         mean = float(np.trace(moments)) / len(moments)
         with contextlib.suppress(np.linalg.LinAlgError):  # of moments that are not quite positive
@@ -117,3 +116,9 @@ def _root(moments: Array, regularization: float) -> tuple[Array, Array]:
     values = np.maximum(values, 0.0) + (regularization * mean if mean > 0 else 1.0)
     roots = np.sqrt(values)
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def _diagonal_root(moments: Array, regularization: float) -> tuple[Array, Array]:
+    mean = float(np.mean(moments))
+    root = np.sqrt(np.maximum(moments, 0.0) + (regularization * mean if mean > 0 else 1.0))
+    return root, 1 / root

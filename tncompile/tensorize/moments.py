@@ -55,6 +55,11 @@ class Moments:
         return np.asarray(reduce(np.kron, [np.diag(f) if f.ndim == 1 else f for f in self.factors]))
 
     @property
+    def arrays(self) -> Array | tuple[Array, ...]:
+        """The moments as `candidates` takes them: ``[in, in]``, the diagonal ``[in]``, or one such for each axis."""
+        return self.factors[0] if len(self.factors) == 1 else self.factors
+
+    @property
     def exact(self) -> bool:
         """Whether these are the moments, and not a Kronecker product or a diagonal near them."""
         return len(self.factors) == 1 and self.factors[0].ndim == 2 and not self.shared
@@ -222,10 +227,7 @@ def _groups(part: Part) -> tuple[int, ...]:
         return (0,)
     if total <= LARGEST:
         return (total,)
-    first, *rest = sizes
-    if rest and max(first, math.prod(rest)) <= LARGEST:
-        return (first, math.prod(rest))
-    return (0,)
+    return tuple(sizes) if max(sizes) <= LARGEST else (0,)
 
 
 def _passes(collectors: Sequence[_Collector]) -> list[list[_Collector]]:
@@ -284,7 +286,7 @@ class _Collector:
                 self._add(0, flat.T @ flat)
             else:
                 split = flat.reshape(len(flat), *self.groups)
-                for k in range(2):
+                for k in range(len(self.groups)):
                     side = np.moveaxis(split, 1 + k, -1).reshape(-1, self.groups[k])
                     self._add(k, side.T @ side)
             seen.append(flat)

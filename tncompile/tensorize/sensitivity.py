@@ -100,6 +100,7 @@ def sensitivities(
     """
     start, measured = clock(), dict[str, Sensitivity]()
     tried: dict[str, Array] = {}
+    alone: list[float] = []
     order = sorted(sites, key=lambda site: -site.size)
     for site in order:
         if seconds is not None and measured and clock() - start > seconds:
@@ -109,8 +110,8 @@ def sensitivities(
         measured[site.name] = Sensitivity(_factor(points), tuple(points))
         if not any(name in tried for name in given[0]):  # a site of several weights may stand beside those alone
             tried |= given[0]
+            alone.append(points[0][1])
         progress(len(measured), len(sites))
-    alone = [s.points[0][1] for name, s in measured.items() if {*name.split("+")} <= {*tried}]
     found = dict(measured)
     for site in order[len(measured) :]:
         found[site.name] = _estimate(site, sites, measured)

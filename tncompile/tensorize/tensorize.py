@@ -6,7 +6,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from tncompile.tensorize.measure import Measured, times
 from tncompile.tensorize.options import rounded
 from tncompile.tensorize.prepare import Prepared, prepare
 from tncompile.tensorize.realize import Realized, realize, replacements, substituted
+from tncompile.tensorize.refit import refit
 from tncompile.tensorize.report import TensorizeReport, WeightSummary, verdict
 from tncompile.tensorize.search import Plan, Sites, choose
 from tncompile.tensorize.ways import fronts
@@ -42,6 +43,9 @@ CORRECTIONS = 3
 
 MARGIN = 0.02
 """By how much a tensorized model must be better than one that is only quantized: less is noise."""
+
+REFIT = 120.0
+"""Seconds for correcting each layer for the errors before it."""
 
 Progress = Callable[[str], None]
 
@@ -302,8 +306,12 @@ class _Search:
     def _improved(self, made: Prepared, plan: Plan) -> tuple[Plan, LoadedModel]:
         """The plan with cores that know of the errors upstream, and the model with them, healed where asked."""
         cores = replacements(plan)
-        if cores and made.data is not None:
-            pass
+        if cores and made.data is not None and made.held is not None:
+            self.progress("correcting each layer for the errors before it")
+            better = refit(cores, made.runner, made.data, made.held, REFIT, biases=False)
+            self.notes += better.notes
+            new = {id(old): one for old, one in zip(cores, better.replacements, strict=True)}
+            plan = Plan(tuple(replace(o, replacement=new.get(id(o.replacement))) for o in plan.options))
         student = substituted(self.loaded, replacements(plan))
         if not cores or not self.healing.seconds:
             return plan, student
