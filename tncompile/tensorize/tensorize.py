@@ -321,6 +321,7 @@ class _Search:
             cast("torch.export.ExportedProgram", student),
             cast("torch.export.ExportedProgram", self.loaded),
             made.train,
+            held_out=None if made.held is None else [*made.held],
             seconds=self.healing.seconds,
             end_to_end=self.healing.end_to_end,
             checkpoint=self.healing.checkpoint,
