@@ -6,7 +6,7 @@ metadata of its nodes), or the first output of another node that reads weights: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,12 +18,12 @@ from tncompile.runtime.quantized_graph import Constants, graphs_of, identity, re
 from tncompile.runtime.quantized_names import Names
 from tncompile.runtime.quantized_ranges import ranges
 from tncompile.runtime.quantized_round import BITS, STORED, check_bits, simulated, stored_bytes
-from tncompile.runtime.quantized_sheet import Ranges, back, dynamic, four, sheet, static
+from tncompile.runtime.quantized_sheet import Ranges, Sheet, back, dynamic, four, static
 from tncompile.runtime.quantized_sites import Site, sites
 from tncompile.runtime.quantized_stored import Writer, eight_bit_rows, four_bit_rows
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 __all__ = ["BITS", "STORED", "quantizable", "quantize", "simulated", "stored_bytes", "whole"]
 
@@ -135,9 +135,10 @@ def _computed(group: _Group, constants: Constants, seen: Ranges, names: Names) -
     """What takes the place of the nodes of a group."""
     if group.nodes[0].op_type == "Gather":
         return {identity(node): _table(node, group.bits, constants, names) for node in group.nodes}
-    part = sheet(group.nodes, _shown(group.graph, group.nodes), constants)
+    part = Sheet.of(group.nodes, _shown(group.graph, group.nodes), constants)
+    ways: dict[str, Callable[[Sheet], ModelProto]]
     ways = {"int8": dynamic, "int8-static": partial(static, ranges=seen), "int4": four}
-    return back(group.nodes, ways[group.bits](part), constants, names)
+    return back(group.nodes, part, ways[group.bits](part), constants, names)
 
 
 def _table(node: NodeProto, bits: str, constants: Constants, names: Names) -> list[NodeProto]:
