@@ -18,7 +18,7 @@ from tncompile.runtime.quantized_graph import Constants, graphs_of, identity, re
 from tncompile.runtime.quantized_names import Names
 from tncompile.runtime.quantized_ranges import ranges
 from tncompile.runtime.quantized_round import BITS, STORED, check_bits, simulated, stored_bytes
-from tncompile.runtime.quantized_sheet import Ranges, back, dynamic, four, sheet, static
+from tncompile.runtime.quantized_sheet import Ranges, Sheet, back, dynamic, four, static
 from tncompile.runtime.quantized_sites import Site, sites
 from tncompile.runtime.quantized_stored import Writer, eight_bit_rows, four_bit_rows
 
@@ -135,13 +135,10 @@ def _computed(group: _Group, constants: Constants, seen: Ranges, names: Names) -
     """What takes the place of the nodes of a group."""
     if group.nodes[0].op_type == "Gather":
         return {identity(node): _table(node, group.bits, constants, names) for node in group.nodes}
-    part = sheet(group.nodes, _shown(group.graph, group.nodes), constants)
-    ways: dict[str, Callable[[ModelProto], ModelProto]] = {
-        "int8": dynamic,
-        "int8-static": partial(static, ranges=seen),
-        "int4": four,
-    }
-    return back(group.nodes, ways[group.bits](part), constants, names)
+    part = Sheet.of(group.nodes, _shown(group.graph, group.nodes), constants)
+    ways: dict[str, Callable[[Sheet], ModelProto]]
+    ways = {"int8": dynamic, "int8-static": partial(static, ranges=seen), "int4": four}
+    return back(group.nodes, part, ways[group.bits](part), constants, names)
 
 
 def _table(node: NodeProto, bits: str, constants: Constants, names: Names) -> list[NodeProto]:

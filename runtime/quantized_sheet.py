@@ -7,7 +7,9 @@ that it reads and is read for keep their names, so that what comes back takes th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from tncompile.runtime.quantized_names import Names
 from tncompile.runtime.quantized_round import BLOCK, Eight, quiet
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
 Ranges = Mapping[str, tuple[float, float]]
 """The least and the largest number seen in each value."""
@@ -27,27 +29,51 @@ _LINEAR = ["MatMul", "Gemm"]
 _INT8_COMPUTE = 4  # of MatMulNBits: activations are rounded to eight bits, up to nine times as fast
 
 
-def sheet(nodes: Sequence[NodeProto], shown: Iterable[str], constants: Constants) -> ModelProto:
-    """A model of some nodes; values that others compute are its inputs, those in `shown` its outputs."""
-    import onnx
+@dataclass(frozen=True)
+class Sheet:
+    """A model of some nodes, whose values have names of its own: what the library calls a scale may be a value too.
 
-    made = dict.fromkeys(name for node in nodes for name in node.output if name)
-    read = dict.fromkeys(name for node in nodes for name in node.input if name and name not in made)
+    `names` has the nodes' own names by those.
+    """
 
-    def value(name: str) -> onnx.ValueInfoProto:
-        dtype, shape = constants.types.get(name, (onnx.TensorProto.FLOAT, None))
-        dims = None if shape is None else [size or None for size in shape]
-        return onnx.helper.make_tensor_value_info(name, dtype or onnx.TensorProto.FLOAT, dims)
+    model: ModelProto
+    names: Mapping[str, str]
 
-    weights = [onnx.numpy_helper.from_array(constants.array(name), name) for name in read if name in constants]
-    inputs = [value(name) for name in read if name not in constants]
-    outputs = [value(name) for name in made if name in {*shown}]
-    graph = onnx.helper.make_graph(nodes, "sheet", inputs, outputs, weights)
-    model: ModelProto = onnx.helper.make_model(graph, ir_version=10, opset_imports=constants.model.opset_import)
-    return model
+    @classmethod
+    def of(cls, nodes: Sequence[NodeProto], shown: Collection[str], constants: Constants) -> Sheet:
+        """Nodes of one graph, in order; values that others compute are its inputs, those in `shown` its outputs."""
+        import onnx
+
+        made = dict.fromkeys(name for node in nodes for name in node.output if name)
+        read = dict.fromkeys(name for node in nodes for name in node.input if name and name not in made)
+        ours = {name: f"v{number}." for number, name in enumerate([*read, *made])}
+
+        def value(name: str) -> onnx.ValueInfoProto:
+            dtype, shape = constants.types.get(name, (onnx.TensorProto.FLOAT, None))
+            dims = None if shape is None else [size or None for size in shape]
+            return onnx.helper.make_tensor_value_info(ours[name], dtype or onnx.TensorProto.FLOAT, dims)
+
+        arrays = [(ours[name], constants.array(name)) for name in read if name in constants]
+        graph = onnx.helper.make_graph(
+            nodes,
+            "sheet",
+            [value(name) for name in read if name not in constants],
+            [value(name) for name in made if name in shown],
+            [onnx.numpy_helper.from_array(array, name) for name, array in arrays],
+        )
+        for node in graph.node:
+            node.input[:] = [ours.get(name, name) for name in node.input]
+            node.output[:] = [ours.get(name, name) for name in node.output]
+        model = onnx.helper.make_model(graph, ir_version=10, opset_imports=constants.model.opset_import)
+        return cls(model, {ours[name]: name for name in ours})
+
+    def readable(self, name: str) -> str:
+        """A name that the library made, with the model's own name in it."""
+        found = re.match(r"v\d+\.", name)
+        return self.names[found[0]] + name[found.end() :] if found else name
 
 
-def dynamic(model: ModelProto) -> ModelProto:
+def dynamic(part: Sheet) -> ModelProto:
     """Eight bits, a scale for each channel; activations are quantized as they come. LSTMs have a sheet of their own."""
     import onnx
 
@@ -56,6 +82,7 @@ def dynamic(model: ModelProto) -> ModelProto:
         from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
         from onnxruntime.quantization.quant_utils import QuantizationMode
 
+        model = part.model
         recurrent = any(node.op_type == "LSTM" for node in model.graph.node)
         options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
         types = ["MatMul", "LSTM"]  # a Gemm is made a MatMul and an Add
@@ -88,7 +115,7 @@ def _by_column(model: ModelProto, weights: Mapping[str, Array]) -> None:
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
 
-def static(model: ModelProto, ranges: Ranges) -> ModelProto:
+def static(part: Sheet, ranges: Ranges) -> ModelProto:
     """Eight bits, a scale for each channel; activations by their ranges, those that a matrix product makes excepted."""
     with quiet():
         from onnxruntime.quantization import CalibrationMethod, QuantType
@@ -96,8 +123,11 @@ def static(model: ModelProto, ranges: Ranges) -> ModelProto:
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
         seen = {
-            name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
+            ours: TensorData(lowest=np.float32(ranges[name][0]), highest=np.float32(ranges[name][1]))
+            for ours, name in part.names.items()
+            if name in ranges
         }
+        model = part.model
         types = sorted({node.op_type for node in model.graph.node})
         options = {"OpTypesToExcludeOutputQuantization": _LINEAR}
         quantizer = QDQQuantizer(
@@ -108,12 +138,13 @@ def static(model: ModelProto, ranges: Ranges) -> ModelProto:
         return _result(quantizer)
 
 
-def four(model: ModelProto) -> ModelProto:
+def four(part: Sheet) -> ModelProto:
     """Four bits in blocks, widened as the product is computed."""
     with quiet():
         from onnxruntime.quantization import matmul_nbits_quantizer as library
         from onnxruntime.quantization.onnx_model import ONNXModel
 
+        model = part.model
         ONNXModel(model).replace_gemm_with_matmul()
         options = library.DefaultWeightOnlyQuantConfig(
             block_size=BLOCK, is_symmetric=False, accuracy_level=_INT8_COMPUTE
@@ -129,36 +160,43 @@ def _result(quantizer: Any) -> ModelProto:
 
 
 def back(
-    nodes: Sequence[NodeProto], quantized: ModelProto, constants: Constants, names: Names
+    nodes: Sequence[NodeProto], part: Sheet, quantized: ModelProto, constants: Constants, names: Names
 ) -> dict[str, list[NodeProto]]:
     """What takes the place of each node of a sheet, by its identity; with its metadata, and names that are new."""
     graph = quantized.graph
-    kept = {name for node in nodes for name in node.output} | {i.name for i in graph.input}
-    renamed: dict[str, str] = {}
+    ours = {name: alias for alias, name in part.names.items()}
+    renamed = {alias: name for alias, name in part.names.items() if name not in constants}
     for tensor in sorted(graph.initializer, key=lambda t: t.name):
-        known = constants.initializers.get(tensor.name)
-        same = known is not None and known.data_type == tensor.data_type and known.raw_data == tensor.raw_data
-        renamed[tensor.name] = tensor.name if same else names.initializer(tensor)
+        alias, tensor.name = tensor.name, part.readable(tensor.name)
+        known = constants.initializers.get(part.names.get(alias, ""))
+        renamed[alias] = tensor.name if _same(known, tensor) else names.initializer(tensor)
     producers = {name: node for node in graph.node for name in node.output if name}
     done: set[str] = set()
     result: dict[str, list[NodeProto]] = {}
     for node in nodes:
         found: list[NodeProto] = []
-        for output in node.output:
-            _collect(output, producers, done, found)
+        for output in filter(None, node.output):
+            _collect(ours[output], producers, done, found)
         for new in found:
-            original = new.name == node.name
             if not new.metadata_props:
                 new.metadata_props.extend(node.metadata_props)
-            new.name = node.name if original else names.node(new.name or node.name)
-            for name in new.output:
-                if name and name not in kept:
-                    renamed[name] = names.value(name)
+            if new.name != node.name:
+                new.name = names.node(part.readable(new.name or node.name))
+            renamed |= {o: names.value(part.readable(o)) for o in new.output if o and o not in renamed}
         result[identity(node)] = found
     for new in (new for found in result.values() for new in found):
         new.input[:] = [renamed.get(name, name) for name in new.input]
         new.output[:] = [renamed.get(name, name) for name in new.output]
     return result
+
+
+def _same(known: TensorProto | None, tensor: TensorProto) -> bool:
+    import onnx
+
+    if known is None or known.data_type != tensor.data_type:
+        return False
+    old, new = (onnx.numpy_helper.to_array(t) for t in (known, tensor))
+    return np.array_equal(old, new)
 
 
 def _collect(name: str, producers: Mapping[str, NodeProto], done: set[str], found: list[NodeProto]) -> None:

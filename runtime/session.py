@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions on numpy arrays. The only file that imports onnxruntime, with `device`."""
+"""ONNX Runtime sessions on numpy arrays. `device` imports onnxruntime too, and `quantized_*` its quantizers."""
 
 from __future__ import annotations
 

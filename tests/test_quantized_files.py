@@ -101,6 +101,17 @@ def test_shared_weights() -> None:
     assert 1e-6 < error(run(one, x=x), run(model, x=x)) < 0.02
 
 
+def test_names_that_are_taken() -> None:
+    """What the library would call a scale is a weight of the model."""
+    weights = {"W": numbers(40, 40), "W_scale": numbers(40, 40, seed=1), "x_scale": numbers(40, seed=2)}
+    nodes = [node("MatMul", "x W", "a", "one"), node("Mul", "a x_scale", "b"), node("MatMul", "b W_scale", "y", "two")]
+    model = model_of(nodes, weights, ["b", 40], ["b", 40])
+    x = numbers(3, 40)
+    for bits in ("int8", "int8-static", "int4"):
+        for choice in ({"one": bits}, {"two": bits}, {"one": bits, "two": bits}):
+            assert 1e-6 < error(run(quantize(model, choice, [{"x": x}]), x=x), run(model, x=x)) < ERRORS[bits]
+
+
 # --- compiled models -------------------------------------------------------------------------------------------
 
 
