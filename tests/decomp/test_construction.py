@@ -155,6 +155,15 @@ def test_the_metric_of_independent_modes_is_exact() -> None:
     assert np.sum(metric.weigh(weight) ** 2) == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_metric_of_many_inputs_is_a_root_of_their_moments() -> None:
+    inputs = np.random.default_rng(7).standard_normal((300, 512))  # fewer samples than inputs: singular moments
+    moments = inputs.T @ inputs / 300
+    metric = Metric.of_moments(moments)
+    (scale,), (inverse,) = metric.scales, metric.inverses
+    np.testing.assert_allclose(scale.T @ scale, moments + 1e-6 * np.trace(moments) / 512 * np.eye(512), atol=1e-9)
+    np.testing.assert_allclose(scale @ inverse, np.eye(512), atol=1e-6)
+
+
 def test_what_a_metric_cannot_do_is_said() -> None:
     metric = Metric.of_moments(np.eye(12), (3, 4))
     with pytest.raises(TNCompileError, match="several cores"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.tensorize.models import Images, Words, exact_formats, exported, imported, low_rank, sites
-from tncompile.compiler import planning_context, run_passes
+from tncompile.compiler import compile_exported, planning_context, run_passes
 from tncompile.cost.devices import default_profile
 from tncompile.decomp import MatrixTrain, Ranks, TensorTrain, Tucker
 from tncompile.frontend.factors import substitute
@@ -16,7 +16,7 @@ from tncompile.frontend.trace import trace
 from tncompile.ir import Program, Switch
 from tncompile.passes import Context
 from tncompile.passes.plans import cost_of
-from tncompile.tensorize.cost import Predictor, stored_bytes
+from tncompile.tensorize.cost import Predictor
 from tncompile.tensorize.sites import Replacement, Site, composed, sites_of
 
 BATCHES = (1, 64)
@@ -91,8 +91,21 @@ def test_what_is_as_fast_dense_is_predicted_so() -> None:
     site = sites(Images)["fc.weight"]
     full = Replacement(site, exact_formats(Images, "fc.weight")[0])
     assert predictor.seconds(site, full) == pytest.approx(predictor.seconds(site))
-    assert stored_bytes(site) == 4 * site.size
-    assert stored_bytes(site, low_rank(site, 2)) == 4 * 2 * sum(site.matrix.shape)
+    assert predictor.cost(site).bytes == 4 * site.size
+    assert predictor.cost(site, low_rank(site, 2)).bytes == 4 * 2 * sum(site.matrix.shape)
+
+
+@pytest.mark.parametrize("kind", [Words, Images])
+def test_bytes_are_those_of_the_file(kind: type[nn.Module]) -> None:
+    """But for names, nodes and the few numbers that are no weights; the table is shared by two networks."""
+    context = context_of(kind)
+    predictor = Predictor(composed(imported(kind), context), context)
+    total, chosen = 0, []
+    for site in sites(kind).values():
+        chosen += low_rank(site, 3).factors()
+        total += predictor.cost(site, low_rank(site, 3)).bytes
+    compiled = compile_exported(substitute(exported(kind), chosen), batch=BATCHES, profile="default", store="cores")
+    assert total < len(compiled.onnx) < total + 60_000
 
 
 def test_modes_that_do_not_nest_leave_the_layer_dense() -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from tncompile.ir import Array
 
 if TYPE_CHECKING:
     from tncompile.frontend.model import LoadedModel
+    from tncompile.frontend.onnx.importer import OnnxModel
+
+Model = TypeVar("Model", bound="LoadedModel")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -87,7 +90,7 @@ class Rebuilding:
     order: tuple[int, ...] | None
 
 
-def substitute(model: LoadedModel, factors: Iterable[Factors]) -> LoadedModel:
+def substitute(model: Model, factors: Iterable[Factors]) -> Model:
     """The model with cores in the place of weights, which einsums rebuild where they were read.
 
     Nothing else changes: nodes keep their names, other weights are shared with the model that came in. No dense weight
@@ -101,10 +104,10 @@ def substitute(model: LoadedModel, factors: Iterable[Factors]) -> LoadedModel:
     if isinstance(model, torch.export.ExportedProgram):
         from tncompile.frontend.substituted import substitute_exported
 
-        return substitute_exported(model, chosen)
+        return cast("Model", substitute_exported(model, chosen))
     from tncompile.frontend.onnx.substituted import substitute_onnx
 
-    return substitute_onnx(model, chosen)
+    return cast("Model", substitute_onnx(cast("OnnxModel", model), chosen))
 
 
 def _check(factors: Sequence[Factors]) -> None:

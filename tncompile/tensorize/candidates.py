@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tncompile.decomp import Factorized, Split
-from tncompile.tensorize.cost import Predictor, stored_bytes
+from tncompile.tensorize.cost import Cost, Predictor
 from tncompile.tensorize.families import Family, Matrix, Moments, families
 from tncompile.tensorize.sites import Replacement, Site
 
@@ -20,7 +20,7 @@ class Candidate:
 
     `error` is relative, in the norm of the layer's output where moments of its input were given, else of the weight.
     `seconds` are predicted at each batch size, for the networks that use the weight; none without a predictor. `bytes`
-    are those of the cores in the weight's dtype.
+    are those of all that these networks hold (see `Cost`), without a predictor those of the cores.
     """
 
     replacement: Replacement
@@ -72,8 +72,9 @@ def _of_family(matrix: Matrix, family: Family, sizes: Sequence[int], predictor: 
         error = _error(matrix, family, factorized)
         if error >= 1:  # nothing at all would be nearer
             continue
-        seconds = () if predictor is None else predictor.seconds(matrix.site, replacement)
-        found.append(Candidate(replacement, error, seconds, stored_bytes(matrix.site, replacement)))
+        size = replacement.parameters * matrix.site.parts[0].array.itemsize
+        cost = Cost((), size) if predictor is None else predictor.cost(matrix.site, replacement)
+        found.append(Candidate(replacement, error, cost.seconds, cost.bytes))
     return found
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tncompile.frontend.factors import Factors
 from tncompile.ir import Axis, Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value, dims
 from tncompile.ir.core import networks_of
-from tncompile.ir.edit import CannotEdit, inline, refine, substitute, unique_cores
+from tncompile.ir.edit import CannotEdit, inline, merged_axes, refine, substitute, unique_cores
+from tncompile.ir.evaluate import flatten
 from tncompile.passes import Blocks, Clean, Context, Fold, Join, MergeCores, Order, Pass
 from tncompile.passes.choice import choose
 from tncompile.passes.gathers import Gathers
 from tncompile.passes.order import attended
-from tncompile.passes.plans import Candidate, Limits, candidates, key_of
+from tncompile.passes.plans import Candidate, Limits, candidates, constant_parts, key_of
 from tncompile.passes.positions import gather_of
 from tncompile.passes.tables import Tables
 from tncompile.passes.unroll import unrolled
@@ -24,13 +26,24 @@ from tncompile.tensorize.sites import Replacement, Site
 _LIMITS = Limits(Order.max_trials, Order.keep)
 
 
-def stored_bytes(site: Site, replacement: Replacement | None = None) -> int:
-    """Bytes that a file holds of a site's weights in their own dtype.
+@dataclass(frozen=True)
+class _Plan:
+    """Seconds at each batch size, and what a file holds for it: numbers, by the positions of the cores in the term."""
 
-    Of a layer that the compiler folds to dense a file may still hold the cores (``--store``), so it is never more.
+    seconds: tuple[float, ...]
+    held: tuple[tuple[tuple[int, ...], int], ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds at each batch size, and bytes in the file, of the networks that use a site's weights.
+
+    The bytes are those of all cores of these networks; of what is folded those that it is folded from, where they are
+    fewer (``--store``). A convolution written out for a small image may take more than its kernel.
     """
-    size = site.parts[0].array.itemsize
-    return size * (site.size if replacement is None else replacement.parameters)
+
+    seconds: tuple[float, ...]
+    bytes: int
 
 
 class Predictor:
@@ -44,16 +57,22 @@ class Predictor:
         self.context = replace(context, attended=context.attended | attended(program))
         shown = any(dims.shows(size, "batch") for value in program.inputs for size in value.shape or ())
         self.branch = context.profile.branch if shown else float("inf")
-        self._plans: dict[object, tuple[float, ...]] = {}
-        self._sites: dict[object, tuple[float, ...]] = {}
+        self._plans: dict[object, _Plan] = {}
+        self._sites: dict[object, Cost] = {}
 
     def seconds(self, site: Site, replacement: Replacement | None = None) -> tuple[float, ...]:
         """Seconds of the networks that use a site's weights, at each batch size of the context; 0 for rows of a dense
         table, which are gathered."""
+        return self.cost(site, replacement).seconds
+
+    def cost(self, site: Site, replacement: Replacement | None = None) -> Cost:
+        """What a site costs with a replacement, or as it is."""
         key = (self._key(site), None if replacement is None else _form(replacement))
         if key not in self._sites:
             program = self._program(site, replacement)
-            self._sites[key] = self._total(program)
+            cost = self._total(program)
+            gathered = {part.name: part.array.nbytes for part in site.parts if self._reads_rows(site, program)}
+            self._sites[key] = replace(cost, bytes=cost.bytes + sum(gathered.values()))
         return self._sites[key]
 
     def planned(self, site: Site, replacement: Replacement | None, batch: int) -> tuple[Network, ...]:
@@ -72,6 +91,10 @@ class Predictor:
         """The networks that use a site, each once, in order of execution."""
         found = {use.network.output.name: use.network for part in site.parts for use in part.uses}
         return [n for n in self.program.networks if n.output.name in found]
+
+    def _reads_rows(self, site: Site, program: Program) -> bool:
+        """Whether rows of the dense table are still gathered."""
+        return bool(self._gathers(site)) and not any(isinstance(node, Opaque) for node in program.nodes)
 
     def _gathers(self, site: Site) -> list[Opaque]:
         names = {part.name for part in site.parts}
@@ -126,11 +149,23 @@ class Predictor:
 
     # ------------------------------------------------------------------------------ its price
 
-    def _total(self, program: Program) -> tuple[float, ...]:
+    def _total(self, program: Program) -> Cost:
         for step in self._passes(program):
             program, _ = step.run(program, self.context)
-        found = [self._network(network) for node in program.nodes for network in networks_of(node)]
-        return tuple(float(sum(times)) for times in zip(*found, strict=True)) or (0.0,) * len(self.context.batches)
+        seconds, held = np.zeros(len(self.context.batches)), dict[object, int]()
+        for network in (network for node in program.nodes for network in networks_of(node)):
+            itemsize = np.dtype(network.dtype).itemsize
+            for term in network.terms:
+                if term.is_constant:
+                    continue
+                plan = self._term(network, term)
+                seconds += plan.seconds
+                names = [t.name for t in term.tensors]
+                for positions, count in plan.held:  # windows that are written out follow after the tensors
+                    made_of = tuple(names[p] if p < len(names) else (network.output.name, p) for p in positions)
+                    held[made_of] = itemsize * count
+        rows = sum(array.nbytes for array in program.weights.values())
+        return Cost(tuple(map(float, seconds)), sum(held.values()) + rows)
 
     def _passes(self, program: Program) -> Sequence[Pass]:
         """Those of the pipeline that decide the plan of so few networks."""
@@ -139,25 +174,34 @@ class Predictor:
         first: list[Pass] = [Clean(), *([Gathers(), Fold()] if rows else []), *([Join(), Clean()] if several else [])]
         return [*first, MergeCores(), *([Tables()] if rows else []), Blocks(), Clean()]
 
-    def _network(self, network: Network) -> tuple[float, ...]:
-        moving = [term for term in network.terms if not term.is_constant]
-        times = [self._term(network, term) for term in moving]
-        return tuple(map(float, np.sum(times, axis=0))) if times else (0.0,) * len(self.context.batches)
-
-    def _term(self, network: Network, term: Term) -> tuple[float, ...]:
-        """The seconds of the plan that `order` would choose."""
+    def _term(self, network: Network, term: Term) -> _Plan:
+        """The plan that `order` would choose."""
         key = key_of(network, term, self.context)
         if key not in self._plans:
-            ways: list[Candidate] = candidates(network, term, self.context, _LIMITS)
+            ways = dict.fromkeys(candidates(network, term, self.context, _LIMITS), term)
             written_out = unrolled(network, term)
             if written_out is not None:
                 others = candidates(replace(network, terms=(written_out,)), written_out, self.context, _LIMITS)
-                ways += [replace(way, label="") for way in others]
+                ways |= {replace(way, label=""): written_out for way in others}
             batches = self.context.batches
-            choice = choose(ways, batches, self.branch, Order.margin)
+            choice = choose([*ways], batches, self.branch, Order.margin)
             extra = self.branch if choice.limits else 0.0
-            self._plans[key] = tuple(choice.plan_for(b).times[k] + extra for k, b in enumerate(batches))
+            seconds = tuple(choice.plan_for(b).times[k] + extra for k, b in enumerate(batches))
+            held = {p: n for way in choice.plans for p, n in _held(network, ways[way], way)}
+            self._plans[key] = _Plan(seconds, tuple(held.items()))
         return self._plans[key]
+
+
+def _held(network: Network, term: Term, way: Candidate) -> Iterator[tuple[tuple[int, ...], int]]:
+    """The cores that a file holds for a plan: each merged one, or where that is smaller, those it is made of."""
+    for part in constant_parts(term, way.tree):
+        positions = tuple(sorted(flatten(part)))
+        single = {p: math.prod(int(n) for n in term.tensors[p].shape) for p in positions}
+        merged = math.prod(int(i.size) for i in merged_axes(term, positions, network.output.indices))
+        if sum(single.values()) <= merged:
+            yield from (((p,), count) for p, count in single.items())
+        else:
+            yield positions, merged
 
 
 def _inputs(node: Node) -> Iterator[str]:

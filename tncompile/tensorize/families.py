@@ -31,6 +31,9 @@ BETTER, NEAR = 0.98, 1.25
 """A format is followed where it makes at most this times the error of the SVD, or of the best cut, at equal size: of a
 matrix, where it has more steps to run, and of a kernel, where it may have fewer."""
 
+HEAVY, TOO_HEAVY = 1 << 20, 1 << 22
+"""Numbers of a matrix from which on formats other than the SVD are made at few sizes, and not at all."""
+
 CP_SIZE = 1 << 16
 """Larger kernels are not fitted by alternating least squares, which would take minutes."""
 
@@ -154,7 +157,7 @@ def _svd(matrix: Matrix) -> Family:
 
 def _matrices(matrix: Matrix) -> Iterator[Family]:
     """Formats of a matrix with two modes or more on either side."""
-    axes = _modes(matrix)
+    axes = _modes(matrix) if matrix.array.size <= TOO_HEAVY else None
     if axes is None:
         return
     sample, fewer = _sample(matrix.array, axes)
@@ -260,6 +263,8 @@ def _cp(matrix: Matrix, axes: Axes) -> Family:
 def _tree(matrix: Matrix, kind: type[TreeFactorized], axes: Axes, weighed: bool = True, **options: Any) -> Family:
     def ladder(sizes: Sequence[int]) -> Iterator[Factorized]:
         weighing = matrix.weighing(axes[0]) if weighed else Weighing()
+        if matrix.array.size > HEAVY:
+            sizes = [size for size in sizes if size <= matrix.array.size * LARGE_SHARE][::2]
         return tree_ladder(kind, matrix.array, axes, weighing, sizes, **options)
 
     return Family(kind.KIND, ladder)
