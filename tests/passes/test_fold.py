@@ -38,6 +38,13 @@ def test_many_layers_are_one_network() -> None:
     assert reasons(changes)[0] == "h5: 6 operations are one network (nothing nonlinear between them)"
 
 
+def test_apart_layers_stay_as_they_are() -> None:
+    program = program_of(layers(3, bias="bias"))
+    after, changes = apply_pass(Fold(apart=True), program, tolerance=0)
+    assert [n.name for n in after.networks] == ["fc0", "fc1", "fc2"]
+    assert all("layers are kept apart" in line for line in reasons(changes, declined=True))
+
+
 def test_the_folded_bias_is_right() -> None:
     """All biases through all layers behind them, by numpy."""
     program = program_of(layers(3, bias="bias"))

@@ -144,6 +144,12 @@ def test_joint_sites_share_and_tables_count() -> None:
     assert found["table.weight"].error(table, cut.dense()) < found["table.weight"].error(table, plain.dense())
 
 
+def test_attention_without_biases_keeps_its_sites() -> None:
+    """Composed, queries and keys are one bilinear form, in which neither has an output of its own."""
+    model = imported(Attention(), torch.randint(0, 20, (4, 6)))
+    assert {s.name for s in sites_of(separate(model))} == {"q.weight", "k.weight", "v.weight", "table.weight"}
+
+
 def test_apart_where_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_of_moments, "LARGEST", 20)
     torch.manual_seed(0)
