@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tensorize.models import as_onnx, imported, mlp, nn
+from tests.tensorize.small import as_onnx, imported, mlp, nn
 from tncompile.decomp import SVD, Metric, Ranks
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
