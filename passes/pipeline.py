@@ -116,7 +116,13 @@ def _with_options(default: Pass, text: str) -> Pass:
         if key not in types:
             raise TNCompileError(f"{default.name()} has no option {key!r}; it has {', '.join(types) or 'none'}")
         try:
-            values[key] = value == "True" if types[key] is bool else types[key](value)
+            values[key] = _truth(value) if types[key] is bool else types[key](value)
         except ValueError:
             raise TNCompileError(f"{default.name()}: {key} takes {types[key].__name__}, not {value!r}") from None
     return replace(default, **values)  # type: ignore[type-var]
+
+
+def _truth(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ValueError(text)
+    return text == "True"

@@ -45,6 +45,13 @@ def test_a_bias_of_zeros_goes_with_a_word() -> None:
     assert reasons(changes) == ["h0: dropped fc0.bias (it is 0 everywhere)"]
 
 
+def test_apart_layers_stay_as_they_are() -> None:
+    program = program_of(layers(3, bias="bias"))
+    after, changes = apply_pass(Fold(apart=True), program, tolerance=0)
+    assert [n.name for n in after.networks] == ["fc0", "fc1", "fc2"]
+    assert all("layers are kept apart" in line for line in reasons(changes, declined=True))
+
+
 def test_the_folded_bias_is_right() -> None:
     """All biases through all layers behind them, by numpy."""
     program = program_of(layers(3, bias="bias"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tensorize.models import imported, mlp, nn
+from tests.tensorize.small import imported, mlp, nn
 from tncompile.errors import TNCompileError
 from tncompile.frontend.importer import TracedModel
 from tncompile.tensorize import arrays

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tensorize.models import as_onnx, imported, mlp, nn
+from tests.tensorize.small import as_onnx, imported, mlp, nn
 from tncompile.decomp import SVD, Metric, Ranks
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
@@ -142,6 +142,12 @@ def test_joint_sites_share_and_tables_count() -> None:
     cut = SVD.from_dense(table, None, Ranks(given=8), metric=found["table.weight"].metric())
     plain = SVD.from_dense(table, None, Ranks(given=8))
     assert found["table.weight"].error(table, cut.dense()) < found["table.weight"].error(table, plain.dense())
+
+
+def test_attention_without_biases_keeps_its_sites() -> None:
+    """Composed, queries and keys are one bilinear form, in which neither has an output of its own."""
+    model = imported(Attention(), torch.randint(0, 20, (4, 6)))
+    assert {s.name for s in sites_of(separate(model))} == {"q.weight", "k.weight", "v.weight", "table.weight"}
 
 
 def test_apart_where_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

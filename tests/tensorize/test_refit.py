@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tensorize.models import imported, mlp, nn
+from tests.tensorize.small import imported, mlp, nn
 from tncompile.decomp import SVD, BlockTrain, Ranks, TensorTrain, Tucker
 from tncompile.decomp.base import Factorized
 from tncompile.frontend.importer import TracedModel

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tensorize.models import as_onnx, imported, mlp, nn
+from tests.tensorize.small import as_onnx, imported, mlp, nn
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
 from tncompile.tensorize.runner import Runner

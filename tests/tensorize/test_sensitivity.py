@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tensorize.models import as_onnx, imported, mlp, nn
+from tests.tensorize.small import as_onnx, imported, mlp, nn
 from tncompile.errors import TNCompileError
 from tncompile.runtime.session import Session
 from tncompile.tensorize.data import collect
