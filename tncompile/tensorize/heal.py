@@ -21,7 +21,7 @@ from tncompile.runtime.temporary import folder_in
 from tncompile.tensorize import checkpoint as checkpoints
 from tncompile.tensorize.activations import Feeds, Store
 from tncompile.tensorize.checkpoint import Position, Stage
-from tncompile.tensorize.distil import Lesson, Loss, Progress, Training
+from tncompile.tensorize.distil import FINE, RATE, Lesson, Loss, Progress, Training
 from tncompile.tensorize.flow import Flow, Passage, Values
 from tncompile.tensorize.material import FEWEST, Material
 from tncompile.tensorize.slices import Slice, read_outside, slices_of, trainable, trained
@@ -274,7 +274,8 @@ class _Healing:
         stages = len(self.slices) + self.limits.end_to_end
         share = old.share if old.training is not None else self._share(number)
         start = self.clock() - old.part
-        training = Training(lesson, {**self.student.tensors, **old.healed}, keys, number, old.training)
+        rate = FINE if number == len(self.slices) else RATE
+        training = Training(lesson, {**self.student.tensors, **old.healed}, keys, rate, number, old.training)
 
         def message(progress: Progress) -> Message:
             return Message(name, number, stages, progress.step, progress.before, progress.loss, self._seconds())
