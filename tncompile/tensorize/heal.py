@@ -29,7 +29,7 @@ from tncompile.tensorize.student import aligned, changed, with_weights
 
 MEMORY = 1 << 30
 END_TO_END = "end to end"
-FOR_SLICES = 0.5
+FOR_SLICES = 0.7
 """The share of the time that slices have where training from end to end follows."""
 
 FOR_PASSES = 0.25
@@ -260,8 +260,10 @@ class _Healing:
         number = len(self.slices)
         if len(self.position.stages) > number:
             return
-        nodes = range(self.slices[0].start, len(self.student.varying))
-        keys = trainable(self.student, nodes, self.cores, self.limits.vectors)
+        start = self.slices[0].start
+        before = frozenset[str]().union(*self.student.reads[:start])
+        nodes = range(start, len(self.student.varying))
+        keys = trainable(self.student, nodes, self.cores, self.limits.vectors, before)
         data = self.material
         lesson = Lesson(data.whole, data.base, data.answers, data.taught, data.held_out, self.limits.loss)
         self._train(number, END_TO_END, lesson, keys, mark, tuple(sorted(self.cores)))
