@@ -315,11 +315,12 @@ class _Healing:
         return self.position.seconds + self.clock() - self.began
 
     def _share(self, number: int) -> float | None:
-        """Seconds for a stage: what is left is divided by the number of replaced weights."""
+        """Seconds for a stage: what is left is divided by how many numbers the replaced weights have."""
         if self.limits.seconds is None:
             return None
         if number == len(self.slices):
             return max(0.0, self.limits.seconds - self._seconds())
         whole = self.limits.seconds * (FOR_SLICES if self.limits.end_to_end else 1.0)
-        left = [len(part.sites) for part in self.slices[number:]]
+        sizes = {key: tensor.numel() for key, tensor in self.student.tensors.items()}
+        left = [sum(sizes[site] for site in part.sites) for part in self.slices[number:]]
         return max(0.0, whole - self._seconds()) * left[0] / sum(left)
