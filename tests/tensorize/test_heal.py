@@ -47,7 +47,7 @@ def mlp(steps: int | None, **options: Any) -> Healed:
 
 @pytest.mark.parametrize(
     ("model", "rank", "names", "factor"),
-    [(Mlp(), 12, MLP, 0.8), (Conv(), 6, ["stem", "inner", "outer"], 0.6), (Transformer(), 12, TRANSFORMER, 0.7)],
+    [(Mlp(), 12, MLP, 0.8), (Conv(), 6, ["stem", "inner", "outer"], 0.7), (Transformer(), 12, TRANSFORMER, 0.7)],
     ids=["mlp", "conv", "transformer"],
 )
 def test_the_error_on_unseen_data_falls(model: nn.Module, rank: int, names: list[str], factor: float) -> None:
@@ -79,7 +79,7 @@ def test_biases_are_left_alone_where_that_is_asked() -> None:
 
 
 def test_divergence_of_logits_is_a_loss() -> None:
-    result = mlp(20, end_to_end=True, loss="kl")
+    result = mlp(40, end_to_end=True, loss="kl")
     assert result.end_to_end is not None
     assert result.end_to_end.after < result.end_to_end.before
 
@@ -133,6 +133,28 @@ def test_tied_weights_stay_tied() -> None:
     torch.testing.assert_close(result.exported.module().between.bias, result.exported.module().again.bias)
 
 
+class Shared(nn.Module):
+    """A bias that is read before the first replaced weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense, self.fc = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.fc.bias = self.dense.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.tanh(self.dense(x)))
+
+
+def test_the_error_is_that_of_the_healed_model() -> None:
+    model, unseen = Shared(), feeds(1, 40, 16, seed=1)
+    student, teacher = pair(model, 8, ["fc"], torch.randn(2, 16))
+    result = heal(student, teacher, feeds(1, 100, 16), held_out=unseen, steps=30, end_to_end=True)
+    assert result.after < result.before
+    assert result.before == pytest.approx(output_error(student, model, unseen), rel=1e-4)
+    assert result.after == pytest.approx(output_error(result.exported, model, unseen), rel=1e-4)
+
+
 def test_the_student_itself_is_not_changed() -> None:
     student, teacher = pair(Mlp(), 12, MLP, torch.randn(2, 32))
     before = {name: tensor.clone() for name, tensor in student.state_dict.items()}
@@ -151,7 +173,7 @@ def test_time_is_shared_and_kept() -> None:
     assert result.end_to_end is not None
     stages = [*result.slices, result.end_to_end]
     assert all(stage.steps > 5 for stage in stages)
-    assert sum(stage.seconds for stage in result.slices) <= 130  # half of it, and a few readings of the clock
+    assert sum(stage.seconds for stage in result.slices) <= 180  # 0.7 of it, and a few readings of the clock
     assert result.seconds <= 260
     shown = [str(message) for message in messages]
     assert shown[0].startswith("1/4 fc1")

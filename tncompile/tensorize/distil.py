@@ -13,8 +13,9 @@ from tncompile.errors import UnsupportedError
 from tncompile.tensorize.flow import Part, Values
 
 Loss = Literal["mse", "kl"]
-RATE = 0.02
-"""The step of Adam at the start, relative to the root mean square of each weight."""
+RATE = 0.03
+FINE = 0.01
+"""Steps of Adam at the start, relative to the root mean square of each weight: to heal, and to refine that."""
 
 SMALLEST = 1e-2
 """The root mean square that a weight is taken to have at least, so that a bias of zeros can move."""
@@ -81,14 +82,20 @@ class Progress:
 class Training:
     """One lesson being learned, step by step.
 
-    `state` are all weights; those that are `trained` are taken from it at the start, and best is what did best on the
-    runs held out, the start included.
+    `state` are all weights; those that are `trained` begin as there, or as in `old`. Best is what did best on the runs
+    held out, the start included. `rate` is as `RATE`; `seed` determines the order of the runs.
     """
 
     def __init__(
-        self, lesson: Lesson, state: Mapping[str, torch.Tensor], trained: Sequence[str], seed: int, old: Progress | None
+        self,
+        lesson: Lesson,
+        state: Mapping[str, torch.Tensor],
+        trained: Sequence[str],
+        rate: float,
+        seed: int,
+        old: Progress | None,
     ) -> None:
-        self.lesson, self.seed = lesson, seed
+        self.lesson, self.rate, self.seed = lesson, rate, seed
         self.state = dict(state)
         self.scales = lesson.scales()
         self.every = max(10, len(lesson.taught))

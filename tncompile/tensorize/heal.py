@@ -21,7 +21,7 @@ from tncompile.runtime.temporary import folder_in
 from tncompile.tensorize import checkpoint as checkpoints
 from tncompile.tensorize.activations import Feeds, Store
 from tncompile.tensorize.checkpoint import Position, Stage
-from tncompile.tensorize.distil import Lesson, Loss, Progress, Training
+from tncompile.tensorize.distil import FINE, RATE, Lesson, Loss, Progress, Training
 from tncompile.tensorize.flow import Flow, Passage, Values
 from tncompile.tensorize.material import FEWEST, Material
 from tncompile.tensorize.slices import Slice, read_outside, slices_of, trainable, trained
@@ -29,7 +29,7 @@ from tncompile.tensorize.student import aligned, changed, with_weights
 
 MEMORY = 1 << 30
 END_TO_END = "end to end"
-FOR_SLICES = 0.5
+FOR_SLICES = 0.7
 """The share of the time that slices have where training from end to end follows."""
 
 FOR_PASSES = 0.25
@@ -260,8 +260,10 @@ class _Healing:
         number = len(self.slices)
         if len(self.position.stages) > number:
             return
-        nodes = range(self.slices[0].start, len(self.student.varying))
-        keys = trainable(self.student, nodes, self.cores, self.limits.vectors)
+        start = self.slices[0].start
+        before = frozenset[str]().union(*self.student.reads[:start])
+        nodes = range(start, len(self.student.varying))
+        keys = trainable(self.student, nodes, self.cores, self.limits.vectors, before)
         data = self.material
         lesson = Lesson(data.whole, data.base, data.answers, data.taught, data.held_out, self.limits.loss)
         self._train(number, END_TO_END, lesson, keys, mark, tuple(sorted(self.cores)))
@@ -274,7 +276,8 @@ class _Healing:
         stages = len(self.slices) + self.limits.end_to_end
         share = old.share if old.training is not None else self._share(number)
         start = self.clock() - old.part
-        training = Training(lesson, {**self.student.tensors, **old.healed}, keys, number, old.training)
+        rate = FINE if number == len(self.slices) else RATE
+        training = Training(lesson, {**self.student.tensors, **old.healed}, keys, rate, number, old.training)
 
         def message(progress: Progress) -> Message:
             return Message(name, number, stages, progress.step, progress.before, progress.loss, self._seconds())
@@ -312,11 +315,12 @@ class _Healing:
         return self.position.seconds + self.clock() - self.began
 
     def _share(self, number: int) -> float | None:
-        """Seconds for a stage: what is left is divided by the number of replaced weights."""
+        """Seconds for a stage: what is left is divided by how many numbers the replaced weights have."""
         if self.limits.seconds is None:
             return None
         if number == len(self.slices):
             return max(0.0, self.limits.seconds - self._seconds())
         whole = self.limits.seconds * (FOR_SLICES if self.limits.end_to_end else 1.0)
-        left = [len(part.sites) for part in self.slices[number:]]
+        sizes = {key: tensor.numel() for key, tensor in self.student.tensors.items()}
+        left = [sum(sizes[site] for site in part.sites) for part in self.slices[number:]]
         return max(0.0, whole - self._seconds()) * left[0] / sum(left)
