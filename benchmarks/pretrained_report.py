@@ -241,9 +241,11 @@ def _panel(axes: Any, record: Record, batch: str) -> None:
         marker, size = ("*", 160) if way == OURS else ("o", 36)
         axes.scatter([x], [y], s=size, marker=marker, edgecolors=color, facecolors=face, zorder=3)
         points.append((x, y, way))
+    middle = (min(points)[0] * max(points)[0]) ** 0.5
     for place, (x, y, way) in enumerate(sorted(points)):  # above and below in turn, as neighbours are close
-        offset = (5, 4 if place % 2 else -9)
-        axes.annotate(way, (x, y), textcoords="offset points", xytext=offset, fontsize=7)
+        side, offset = ("left", 5) if x <= middle else ("right", -5)
+        where = (offset, 4 if place % 2 else -9)
+        axes.annotate(way, (x, y), textcoords="offset points", xytext=where, ha=side, fontsize=7)
     front: list[tuple[float, float]] = []
     for ms, megabytes in sorted((w["ms"][batch], w["bytes"] / 1e6) for n, w in _kept(record) if n != OURS):
         if not front or megabytes < front[-1][1]:
