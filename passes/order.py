@@ -15,8 +15,17 @@ from tncompile.passes.blockwise import one_term
 from tncompile.passes.choice import BatchPlans, choose
 from tncompile.passes.explain import explain, instead
 from tncompile.passes.fold import merge_like_terms
-from tncompile.passes.plans import DENSE, Candidate, Limits, best_of, candidates, key_of, merge_constants, scheduler
-from tncompile.passes.unroll import unrolled
+from tncompile.passes.plans import (
+    DENSE,
+    Candidate,
+    Limits,
+    best_of,
+    candidates,
+    key_of,
+    merge_constants,
+    scheduler,
+    ways_of,
+)
 
 Known = dict[object, tuple[tuple[str, ...], list[Candidate]]]
 """By what decides a search: the names of the first such term's indices, and its candidates."""
@@ -61,7 +70,7 @@ class Order(Pass):
             jobs = {key_of(n, t, context) for n in program.networks for t in n.terms if _has_choice(t)}
             context.timer.start(len(jobs) * len(context.batches))
         shown = any(dims.shows(size, "batch") for value in program.inputs for size in value.shape or ())
-        branch = context.profile.branch if shown else float("inf")
+        branch = context.profile.branch if shown and not context.compact else float("inf")
         known: Known = {}
         nodes = [
             self._network(node, context, known, changes, branch) if isinstance(node, Network) else node
@@ -111,11 +120,7 @@ class Order(Pass):
 
     def _plan(self, network: Network, term: Term, context: Context, known: Known, branch: float) -> _Plan:
         """The candidates of a term, those of its windows written out among them, and the choice."""
-        ways = dict.fromkeys(self._ways(network, term, context, known), term)
-        written_out = unrolled(network, term)
-        if written_out is not None:
-            others = self._ways(replace(network, terms=(written_out,)), written_out, context, known)
-            ways |= {replace(way, label=""): written_out for way in others}
+        ways = ways_of(network, term, context, lambda n, t: self._ways(n, t, context, known))
         return _Plan(term, ways, *self._choose(network, ways, context, branch))
 
     def _pays(self, new: Sequence[float], old: Sequence[float]) -> bool:
@@ -125,7 +130,7 @@ class Order(Pass):
     def _summed(self, network: Network, plans: Sequence[_Plan], context: Context) -> tuple[Term, Change] | None:
         """Terms on one operand as the one dense layer that they are together, where that is faster than their sum."""
         dense = [way for plan in plans if (way := best_of([*plan.ways], DENSE)) is not None]
-        if len(plans) < 2 or len(dense) < len(plans):
+        if len(plans) < 2 or len(dense) < len(plans) or context.compact:
             return None
         one, apart = max((way.times for way in dense), key=sum), _times(network, plans, context)
         if not self._pays(one, apart):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,9 +14,10 @@ from tncompile.cost.memory import price
 from tncompile.cost.schedule import Schedule, Scheduler
 from tncompile.cost.search import TreeSearch
 from tncompile.ir import Network, Step, Term, Tree, dims
-from tncompile.ir.edit import merge_groups
+from tncompile.ir.edit import merge_groups, merged_axes
 from tncompile.ir.tree import flatten, fold_tree, left_to_right, map_tree
 from tncompile.passes.base import Context
+from tncompile.passes.unroll import unrolled
 
 DENSE, TRACED, UNMERGED = "dense", "as traced", "nothing merged"
 SLACK = 2.0
@@ -75,6 +77,43 @@ def candidates(network: Network, term: Term, context: Context, limits: Limits) -
         for way in steps:
             found[Candidate(label, tree, way, tuple(p.price(way).seconds for p in prices))] = None
     return list(found)
+
+
+def held(network: Network, term: Term, tree: Tree) -> Iterator[tuple[tuple[int, ...], int]]:
+    """The cores that a file holds for an order: each merged one, or where that is smaller, those it is made of; as
+    positions, with how many numbers it has."""
+    for part in constant_parts(term, tree):
+        positions = tuple(sorted(flatten(part)))
+        single = {p: math.prod(int(n) for n in term.tensors[p].shape) for p in positions}
+        merged = math.prod(int(i.size) for i in merged_axes(term, positions, network.output.indices))
+        if sum(single.values()) <= merged:
+            yield from (((p,), count) for p, count in single.items())
+        else:
+            yield positions, merged
+
+
+def grows(network: Network, term: Term, tree: Tree) -> bool:
+    """Whether an order merges cores into one that has more numbers than they have."""
+    kept = [positions for positions, _ in held(network, term, tree)]
+    parts = [tuple(sorted(flatten(part))) for part in constant_parts(term, tree)]
+    return any(part not in kept for part in parts)
+
+
+def ways_of(
+    network: Network, term: Term, context: Context, search: Callable[[Network, Term], list[Candidate]]
+) -> dict[Candidate, Term]:
+    """What a search finds for a term and for the term with its windows written out as cores, with the term of each.
+
+    Where the context is compact, only what does not grow.
+    """
+    ways = dict.fromkeys(search(network, term), term)
+    if context.compact:
+        return {way: term for way in ways if not grows(network, term, way.tree)}
+    written_out = unrolled(network, term)
+    if written_out is not None:
+        others = search(replace(network, terms=(written_out,)), written_out)
+        ways |= {replace(way, label=""): written_out for way in others}
+    return ways
 
 
 def fastest(network: Network, term: Term, context: Context, limits: Limits) -> tuple[float, ...]:

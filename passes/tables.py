@@ -47,6 +47,7 @@ class Tables(Pass):
     3. All tensors of the term together get at most `growth` times as many numbers as they had, or at most `small`
        (128 KB of float32, which caches hold); where one table is left, as that is the full one, `full` times.
     4. The term is predicted faster by `margin`, and at no batch size slower.
+    5. The context is not compact.
 
     Gathers that nothing reads any more are left to `clean`.
     """
@@ -59,6 +60,8 @@ class Tables(Pass):
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
+        if context.compact:
+            return program, changes
         known = {node.value.name: node for node in program.nodes}
         writer = Writer(program)
         readers = _readers(program)

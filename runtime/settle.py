@@ -51,7 +51,8 @@ def _each(times: Iterable[tuple[int, float, float]]) -> str:
     return ", ".join(f"{ours:.3g} ms for {other:.3g} at batch {batch}" for batch, ours, other in times)
 
 
-def _write_rival(traced: ImportedModel, path: Path) -> None:
+def write_rival(traced: ImportedModel, path: Path) -> None:
+    """Write what there is without tncompile: torch's export, or the original file. Whatever the exporter raises."""
     if isinstance(traced, OnnxModel):
         traced.save(path)
     else:
@@ -71,7 +72,7 @@ def settle(
         path = Path(folder, "exporter.onnx")
         try:
             with rivals.time_limit(_LIMITS.build_s):
-                _write_rival(traced, path)
+                write_rival(traced, path)
         except Exception as error:  # an exporter raises whatever it likes
             return Settled((), (), (), f"fails ({type(error).__name__})", rival=rival)
         for size, arrays in zip(sizes, feeds, strict=True):

@@ -27,7 +27,7 @@ LAYERS = (
     ("inspect",),
     ("compiler",),
     ("training",),
-    ("tensorize",),
+    ("tensorizer",),
     ("commands",),
     ("cli",),
     ("__init__", "__main__"),

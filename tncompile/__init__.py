@@ -17,8 +17,8 @@ _LAZY = {
     "compile_file": "tncompile.compiler",
     "save": "tncompile.compiler",
     "to_torch": "tncompile.training",
-    "tensorize": "tncompile.tensorize.tensorize",
-    "Tensorized": "tncompile.tensorize.tensorize",
+    "tensorize": "tncompile.tensorizer.tensorize",
+    "Tensorized": "tncompile.tensorizer.tensorize",
     "LoadOptions": "tncompile.frontend.load",
     "parse_input": "tncompile.frontend.files.inputs",
     "Pipeline": "tncompile.passes",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tncompile.frontend.files.inputs import parse_input
     from tncompile.frontend.load import LoadOptions
     from tncompile.passes import Pipeline
-    from tncompile.tensorize.tensorize import Tensorized, tensorize
+    from tncompile.tensorizer.tensorize import Tensorized, tensorize
     from tncompile.training import to_torch
 
 

@@ -166,6 +166,7 @@ def compile_exported(
     external_data: bool = False,
     folder: Path | None = None,
     max_memory: int | None = None,
+    compact: bool = False,
     check: bool = True,
     examples: Sequence[Mapping[str, Array]] = (),
     profile: DeviceProfile | str | None = None,
@@ -182,7 +183,8 @@ def compile_exported(
     would take too long. `external_data`: weights go to a file of their own, as they do in any case where one ONNX file
     could not hold them; until it is saved that is kept in `folder` (the system's own place for temporary files where it
     is None). `max_memory`: bytes that the operands and intermediates of a network may take at once, at the
-    batch sizes planned for (TNCompileError where that cannot be done). `profile`: of the device to plan for, or as in
+    batch sizes planned for (TNCompileError where that cannot be done). `compact`: nothing is computed at compile time
+    that would make the file larger, at the price of speed. `profile`: of the device to plan for, or as in
     `tncompile.cost.devices.choose`. `device`: ``"cpu"`` or ``"cuda"``. `tune`: seconds to time candidates on this
     machine for, instead of trusting predictions (TNCompileError where ONNX Runtime cannot use the device). `check`: run
     the result against the traced model in float64 (CheckError where it is wrong), on `examples` (arrays by input name)
@@ -199,7 +201,7 @@ def compile_exported(
     watch("import")
     batches = tuple(dict.fromkeys([batch] if isinstance(batch, int) else batch))
     context = planning_context(traced, batches, sizes or {}, plan_for.profile, max_memory)
-    context = replace(context, timer=timer)
+    context = replace(context, timer=timer, compact=compact)
     stages, reports = run_passes(traced, context, passes, progress)
     program = list(stages.values())[-1]
     watch("passes")

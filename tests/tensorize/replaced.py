@@ -12,7 +12,7 @@ from tncompile.decomp import CP, SVD, BlockTrain, Factorized, MatrixTrain, Ranks
 from tncompile.frontend.importer import TracedModel, import_exported
 from tncompile.frontend.trace import trace
 from tncompile.ir import Array
-from tncompile.tensorize.sites import Replacement, Site, composed, sites_of
+from tncompile.tensorizer.sites import Replacement, Site, composed, sites_of
 
 EXACT = Ranks(larger=True)
 """Full ranks, although that is no gain."""

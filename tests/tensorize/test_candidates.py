@@ -16,9 +16,9 @@ from tncompile.frontend.importer import import_exported
 from tncompile.frontend.trace import trace
 from tncompile.ir import Array
 from tncompile.passes import Context
-from tncompile.tensorize.candidates import Candidate, candidates
-from tncompile.tensorize.cost import Predictor
-from tncompile.tensorize.sites import Part, Site, composed, joint_sites, sites_of
+from tncompile.tensorizer.candidates import Candidate, candidates
+from tncompile.tensorizer.cost import Predictor
+from tncompile.tensorizer.sites import Part, Site, composed, joint_sites, sites_of
 
 GRAM = 1e-6
 """Relative errors may be off by so much: eigenvalues of a Gram matrix stand for squares of singular values."""

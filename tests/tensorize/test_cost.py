@@ -16,8 +16,8 @@ from tncompile.frontend.trace import trace
 from tncompile.ir import Program, Switch
 from tncompile.passes import Context
 from tncompile.passes.plans import cost_of
-from tncompile.tensorize.cost import Predictor
-from tncompile.tensorize.sites import Replacement, Site, composed, sites_of
+from tncompile.tensorizer.cost import Predictor
+from tncompile.tensorizer.sites import Replacement, Site, composed, sites_of
 
 BATCHES = (1, 64)
 

@@ -11,7 +11,7 @@ from tests.tensorize.small import imported, mlp, nn
 from tncompile.errors import TNCompileError
 from tncompile.frontend.importer import TracedModel
 from tncompile.tensorize import arrays
-from tncompile.tensorize.data import collect, load
+from tncompile.tensorizer.data import collect, load
 
 
 class Two(nn.Module):

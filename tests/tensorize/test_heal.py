@@ -19,8 +19,8 @@ from torch import nn
 from tests.tensorize.healing import TRANSFORMER, Conv, Mlp, Transformer, feeds, pair, sentences, truncated
 from tncompile.errors import LoadError, TNCompileError, UnsupportedError
 from tncompile.frontend.trace import trace
-from tncompile.tensorize.activations import Store
-from tncompile.tensorize.heal import Healed, Message, heal
+from tncompile.tensorizer.activations import Store
+from tncompile.tensorizer.heal import Healed, Message, heal
 
 MLP = ["fc1", "fc2", "fc3"]
 
@@ -205,7 +205,7 @@ import itertools, os, signal, sys
 from pathlib import Path
 import safetensors.torch, torch
 from tests.tensorize.healing import Mlp, feeds, pair
-from tncompile.tensorize.heal import heal
+from tncompile.tensorizer.heal import heal
 
 torch.set_num_threads(1)
 kill, target = int(sys.argv[1]), Path(sys.argv[2])

@@ -13,10 +13,10 @@ from tncompile.decomp import SVD, Metric, Ranks
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
 from tncompile.tensorize import moments as module_of_moments
-from tncompile.tensorize.data import collect
-from tncompile.tensorize.moments import Moments, crosses, moments
-from tncompile.tensorize.runner import Runner
-from tncompile.tensorize.sites import composed, joint_sites, separate, sites_of
+from tncompile.tensorizer.data import collect
+from tncompile.tensorizer.moments import Moments, crosses, moments
+from tncompile.tensorizer.runner import Runner
+from tncompile.tensorizer.sites import composed, joint_sites, separate, sites_of
 
 TOLERANCE = 2e-5
 """Relative to the largest moment: products of float32 numbers, summed in float32 for each run."""

@@ -11,12 +11,12 @@ from tests.tensorize.small import imported, mlp, nn
 from tncompile.decomp import SVD, BlockTrain, Ranks, TensorTrain, Tucker
 from tncompile.decomp.base import Factorized
 from tncompile.frontend.importer import TracedModel
-from tncompile.tensorize.data import collect
-from tncompile.tensorize.evaluation import Evaluation
-from tncompile.tensorize.moments import Moments, moments
-from tncompile.tensorize.refit import bias_of, dense, refit, same_format
-from tncompile.tensorize.runner import Runner
-from tncompile.tensorize.sites import Replacement, joint_sites, separate, sites_of
+from tncompile.tensorizer.data import collect
+from tncompile.tensorizer.evaluation import Evaluation
+from tncompile.tensorizer.moments import Moments, moments
+from tncompile.tensorizer.refit import bias_of, dense, refit, same_format
+from tncompile.tensorizer.runner import Runner
+from tncompile.tensorizer.sites import Replacement, joint_sites, separate, sites_of
 
 DEEP = (32, 48, 48, 48, 48, 10)
 

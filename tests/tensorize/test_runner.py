@@ -9,7 +9,7 @@ import torch
 from tests.tensorize.small import as_onnx, imported, mlp, nn
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
-from tncompile.tensorize.runner import Runner
+from tncompile.tensorizer.runner import Runner
 
 TOLERANCE = 1e-5
 """Relative to the largest number: some float32 roundings."""

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tncompile.tensorize.search import Option, Plan, Sites, choose, front
-from tncompile.tensorize.sites import Part, Site
+from tncompile.tensorizer.search import Option, Plan, Sites, choose, front
+from tncompile.tensorizer.sites import Part, Site
 
 NUMBERS = st.floats(0.01, 1.0)
 

@@ -10,12 +10,12 @@ import torch
 from tests.tensorize.small import as_onnx, imported, mlp, nn
 from tncompile.errors import TNCompileError
 from tncompile.runtime.session import Session
-from tncompile.tensorize.data import collect
-from tncompile.tensorize.evaluation import Evaluation, output_error, session_run
-from tncompile.tensorize.moments import moments
-from tncompile.tensorize.runner import Runner
-from tncompile.tensorize.sensitivity import local_error, noise, sensitivities
-from tncompile.tensorize.sites import joint_sites, separate, sites_of
+from tncompile.tensorizer.data import collect
+from tncompile.tensorizer.evaluation import Evaluation, output_error, session_run
+from tncompile.tensorizer.moments import moments
+from tncompile.tensorizer.runner import Runner
+from tncompile.tensorizer.sensitivity import local_error, noise, sensitivities
+from tncompile.tensorizer.sites import joint_sites, separate, sites_of
 
 
 def relative(y: torch.Tensor, y0: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ from tncompile.errors import TNCompileError
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.onnx.importer import import_onnx
 from tncompile.frontend.trace import trace
-from tncompile.tensorize.sites import Replacement, Site, composed, joint_sites, sites_of
+from tncompile.tensorizer.sites import Replacement, Site, composed, joint_sites, sites_of
 
 
 def found(module: nn.Module, *inputs: torch.Tensor) -> dict[str, Site]:

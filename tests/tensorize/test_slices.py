@@ -11,9 +11,9 @@ from torch import nn
 from tests.tensorize.healing import TRANSFORMER, Conv, Mlp, Transformer, feeds, pair
 from tncompile.errors import TNCompileError, UnsupportedError
 from tncompile.frontend.trace import trace
-from tncompile.tensorize.flow import Flow, Passage
-from tncompile.tensorize.slices import read_outside, slices_of, trained
-from tncompile.tensorize.student import aligned, changed
+from tncompile.tensorizer.flow import Flow, Passage
+from tncompile.tensorizer.slices import read_outside, slices_of, trained
+from tncompile.tensorizer.student import aligned, changed
 
 
 def flows(module: nn.Module, rank: int, names: list[str], *example: torch.Tensor) -> tuple[Flow, Flow]:

@@ -20,7 +20,7 @@ from tncompile.errors import TNCompileError
 from tncompile.frontend.factors import Core, Factors, substitute
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.trace import trace
-from tncompile.tensorize.sites import Replacement, Site, composed, joint_sites, sites_of
+from tncompile.tensorizer.sites import Replacement, Site, composed, joint_sites, sites_of
 
 FLOAT32 = 1e-5
 """Relative to the largest output: the rounding of cores of full rank, through a few layers."""

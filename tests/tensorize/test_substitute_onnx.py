@@ -18,7 +18,7 @@ from tncompile.errors import TNCompileError
 from tncompile.frontend.factors import substitute
 from tncompile.frontend.onnx.importer import OnnxModel, import_onnx
 from tncompile.ir import Array
-from tncompile.tensorize.sites import Replacement, Site, composed, sites_of
+from tncompile.tensorizer.sites import Replacement, Site, composed, sites_of
 
 FLOAT32 = 1e-5
 EXACT = Ranks(larger=True)

@@ -17,8 +17,8 @@ import tncompile
 from tncompile.cli import main
 from tncompile.errors import OutputError, TNCompileError
 from tncompile.runtime.session import Session
-from tncompile.tensorize import measure, prepare, ways
-from tncompile.tensorize.tensorize import DENSE, OURS, Tensorized, tensorize
+from tncompile.tensorizer import measure, prepare, ways
+from tncompile.tensorizer.tensorize import DENSE, OURS, Tensorized, tensorize
 
 
 @pytest.fixture(autouse=True)

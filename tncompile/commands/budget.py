@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tncompile.commands.options import seconds
 
 if TYPE_CHECKING:
-    from tncompile.tensorize.budget import Budget
+    from tncompile.tensorizer.budget import Budget
 
 _FORMATS = ("svd", "tensor-train", "matrix-train", "block-train", "tucker", "cp", "kronecker")
 _BITS = ("fp32", "fp16", "int8-weights", "int8", "int8-static", "int4-weights", "int4")
@@ -88,8 +88,8 @@ def has_budget(options: argparse.Namespace) -> bool:
 
 def budget_of(options: argparse.Namespace) -> Budget:
     """The budget that the options say. TNCompileError where they make none, LoadError where there is no such metric."""
-    from tncompile.tensorize.budget import Budget
-    from tncompile.tensorize.metric import load_metric
+    from tncompile.tensorizer.budget import Budget
+    from tncompile.tensorizer.metric import load_metric
 
     metric = None if options.metric is None else load_metric(options.metric)
     return Budget(options.max_error, metric, options.max_drop, options.max_size, options.min_speedup, options.prefer)

@@ -78,7 +78,7 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
     from tncompile.runtime.timing import wait_politely
 
     wait_politely()
-    from tncompile.tensorize.tensorize import Healing, kind_of, tensorize_file
+    from tncompile.tensorizer.tensorize import Healing, kind_of, tensorize_file
 
     kind = kind_of(output)
     with Progress(options.quiet) as progress:

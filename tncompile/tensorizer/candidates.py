@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tncompile.decomp import Factorized, Split
-from tncompile.tensorize.cost import Cost, Predictor
-from tncompile.tensorize.families import Family, Matrix, Moments, families
-from tncompile.tensorize.sites import Replacement, Site
+from tncompile.tensorizer.cost import Cost, Predictor
+from tncompile.tensorizer.families import Family, Matrix, Moments, families
+from tncompile.tensorizer.sites import Replacement, Site
 
 SHARES = tuple(0.75 * 2 ** (-k / 2) for k in range(11))
 """Sizes as shares of the dense weight: from 0.75 down to 0.023, each 0.71 of the one before."""

@@ -18,14 +18,14 @@ from tncompile.errors import TNCompileError, UnsupportedError
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.runtime.files import check_writable
 from tncompile.runtime.temporary import folder_in
-from tncompile.tensorize import checkpoint as checkpoints
-from tncompile.tensorize.activations import Feeds, Store
-from tncompile.tensorize.checkpoint import Position, Stage
-from tncompile.tensorize.distil import FINE, RATE, Lesson, Loss, Progress, Training
-from tncompile.tensorize.flow import Flow, Passage, Values
-from tncompile.tensorize.material import FEWEST, Material
-from tncompile.tensorize.slices import Slice, read_outside, slices_of, trainable, trained
-from tncompile.tensorize.student import aligned, changed, with_weights
+from tncompile.tensorizer import checkpoint as checkpoints
+from tncompile.tensorizer.activations import Feeds, Store
+from tncompile.tensorizer.checkpoint import Position, Stage
+from tncompile.tensorizer.distil import FINE, RATE, Lesson, Loss, Progress, Training
+from tncompile.tensorizer.flow import Flow, Passage, Values
+from tncompile.tensorizer.material import FEWEST, Material
+from tncompile.tensorizer.slices import Slice, read_outside, slices_of, trainable, trained
+from tncompile.tensorizer.student import aligned, changed, with_weights
 
 MEMORY = 1 << 30
 END_TO_END = "end to end"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,17 @@ from tncompile.ir import Array, Program
 from tncompile.passes import Context
 from tncompile.runtime.inputs import random_inputs
 from tncompile.runtime.quantize import simulated
-from tncompile.tensorize.budget import FORMATS
-from tncompile.tensorize.candidates import Candidate, candidates
-from tncompile.tensorize.cost import Predictor
-from tncompile.tensorize.data import Calibration, collect, load
-from tncompile.tensorize.evaluation import Evaluation
-from tncompile.tensorize.inputs import Reading, readings
-from tncompile.tensorize.moments import Moments, moments
-from tncompile.tensorize.options import Statistics
-from tncompile.tensorize.runner import Runner
-from tncompile.tensorize.sensitivity import sensitivities
-from tncompile.tensorize.sites import MIN_SIZE, Site, composed, joint_sites, separate, sites_of
+from tncompile.tensorizer.budget import FORMATS
+from tncompile.tensorizer.candidates import Candidate, candidates
+from tncompile.tensorizer.cost import Predictor
+from tncompile.tensorizer.data import Calibration, collect, load
+from tncompile.tensorizer.evaluation import Evaluation
+from tncompile.tensorizer.inputs import Reading, readings
+from tncompile.tensorizer.moments import Moments, moments
+from tncompile.tensorizer.options import Statistics
+from tncompile.tensorizer.runner import Runner
+from tncompile.tensorizer.sensitivity import sensitivities
+from tncompile.tensorizer.sites import MIN_SIZE, Site, composed, joint_sites, separate, sites_of
 
 Progress = Callable[[str], None]
 
@@ -144,7 +144,8 @@ def _context(traced: ImportedModel, compiling: Mapping[str, Any]) -> Context:
     chosen = profile if isinstance(profile, DeviceProfile) else choose_profile(profile).profile
     batch = compiling.get("batch", DEFAULT_BATCH)
     batches = [batch] if isinstance(batch, int) else batch
-    return planning_context(traced, batches, compiling.get("sizes") or {}, chosen, compiling.get("max_memory"))
+    context = planning_context(traced, batches, compiling.get("sizes") or {}, chosen, compiling.get("max_memory"))
+    return replace(context, compact=bool(compiling.get("compact")))
 
 
 def _data(calibration: Any, traced: ImportedModel) -> Calibration | None:

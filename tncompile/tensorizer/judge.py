@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tncompile.tensorize.budget import Budget
-from tncompile.tensorize.data import Calibration
-from tncompile.tensorize.evaluation import Evaluation, Run
-from tncompile.tensorize.measure import as_tensors
-from tncompile.tensorize.metric import value_of
-from tncompile.tensorize.runner import Runner
+from tncompile.tensorizer.budget import Budget
+from tncompile.tensorizer.data import Calibration
+from tncompile.tensorizer.evaluation import Evaluation, Run
+from tncompile.tensorizer.measure import as_tensors
+from tncompile.tensorizer.metric import value_of
+from tncompile.tensorizer.runner import Runner
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from tncompile.errors import SourceRef, TNCompileError
-from tncompile.tensorize.flow import Flow, canonical
+from tncompile.tensorizer.flow import Flow, canonical
 
 
 def aligned(teacher: Flow, student: Flow) -> None:

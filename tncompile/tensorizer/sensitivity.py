@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tncompile.ir import Array
-from tncompile.tensorize.evaluation import Evaluation
-from tncompile.tensorize.moments import Moments
-from tncompile.tensorize.sites import Site
+from tncompile.tensorizer.evaluation import Evaluation
+from tncompile.tensorizer.moments import Moments
+from tncompile.tensorizer.sites import Site
 
 STRENGTHS = (0.05, 0.2)
 """Local errors of the noise that is tried where no perturbations are given."""

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from tncompile.tensorize.budget import Prefer
-from tncompile.tensorize.sites import Replacement, Site
+from tncompile.tensorizer.budget import Prefer
+from tncompile.tensorizer.sites import Replacement, Site
 
 _ROUNDS = 60
 """Bisections of the price; each halves its logarithm's range."""

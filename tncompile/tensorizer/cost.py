@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,17 +10,15 @@ import numpy as np
 from tncompile.frontend.factors import Factors
 from tncompile.ir import Axis, Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value, dims
 from tncompile.ir.core import networks_of
-from tncompile.ir.edit import CannotEdit, inline, merged_axes, refine, substitute, unique_cores
-from tncompile.ir.evaluate import flatten
+from tncompile.ir.edit import CannotEdit, inline, refine, substitute, unique_cores
 from tncompile.passes import Blocks, Clean, Context, Fold, Join, MergeCores, Order, Pass
 from tncompile.passes.choice import choose
 from tncompile.passes.gathers import Gathers
 from tncompile.passes.order import attended
-from tncompile.passes.plans import Candidate, Limits, candidates, constant_parts, key_of
+from tncompile.passes.plans import Limits, candidates, held, key_of, ways_of
 from tncompile.passes.positions import gather_of
 from tncompile.passes.tables import Tables
-from tncompile.passes.unroll import unrolled
-from tncompile.tensorize.sites import Replacement, Site
+from tncompile.tensorizer.sites import Replacement, Site
 
 _LIMITS = Limits(Order.max_trials, Order.keep)
 
@@ -56,7 +53,7 @@ class Predictor:
         self.program = program
         self.context = replace(context, attended=context.attended | attended(program))
         shown = any(dims.shows(size, "batch") for value in program.inputs for size in value.shape or ())
-        self.branch = context.profile.branch if shown else float("inf")
+        self.branch = context.profile.branch if shown and not context.compact else float("inf")
         self._plans: dict[object, _Plan] = {}
         self._sites: dict[object, Cost] = {}
 
@@ -178,30 +175,14 @@ class Predictor:
         """The plan that `order` would choose."""
         key = key_of(network, term, self.context)
         if key not in self._plans:
-            ways = dict.fromkeys(candidates(network, term, self.context, _LIMITS), term)
-            written_out = unrolled(network, term)
-            if written_out is not None:
-                others = candidates(replace(network, terms=(written_out,)), written_out, self.context, _LIMITS)
-                ways |= {replace(way, label=""): written_out for way in others}
+            ways = ways_of(network, term, self.context, lambda n, t: candidates(n, t, self.context, _LIMITS))
             batches = self.context.batches
             choice = choose([*ways], batches, self.branch, Order.margin)
             extra = self.branch if choice.limits else 0.0
             seconds = tuple(choice.plan_for(b).times[k] + extra for k, b in enumerate(batches))
-            held = {p: n for way in choice.plans for p, n in _held(network, ways[way], way)}
-            self._plans[key] = _Plan(seconds, tuple(held.items()))
+            kept = {p: n for way in choice.plans for p, n in held(network, ways[way], way.tree)}
+            self._plans[key] = _Plan(seconds, tuple(kept.items()))
         return self._plans[key]
-
-
-def _held(network: Network, term: Term, way: Candidate) -> Iterator[tuple[tuple[int, ...], int]]:
-    """The cores that a file holds for a plan: each merged one, or where that is smaller, those it is made of."""
-    for part in constant_parts(term, way.tree):
-        positions = tuple(sorted(flatten(part)))
-        single = {p: math.prod(int(n) for n in term.tensors[p].shape) for p in positions}
-        merged = math.prod(int(i.size) for i in merged_axes(term, positions, network.output.indices))
-        if sum(single.values()) <= merged:
-            yield from (((p,), count) for p, count in single.items())
-        else:
-            yield positions, merged
 
 
 def _inputs(node: Node) -> Iterator[str]:

@@ -17,10 +17,10 @@ from tncompile.decomp import Metric
 from tncompile.decomp.metric import apply
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
-from tncompile.tensorize.data import Calibration
-from tncompile.tensorize.inputs import Lookup, Reading, readings
-from tncompile.tensorize.runner import Runner
-from tncompile.tensorize.sites import Part, Site, separate
+from tncompile.tensorizer.data import Calibration
+from tncompile.tensorizer.inputs import Lookup, Reading, readings
+from tncompile.tensorizer.runner import Runner
+from tncompile.tensorizer.sites import Part, Site, separate
 
 LARGEST = 4096
 """Rows of a matrix of moments; above that they are those of groups of axes apart."""

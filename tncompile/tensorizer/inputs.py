@@ -13,7 +13,7 @@ from tncompile.ir.core import networks_of
 from tncompile.ir.evaluate import Labelled, contract, einsum
 from tncompile.ir.tree import left_to_right
 from tncompile.passes.positions import EMBEDDING
-from tncompile.tensorize.sites import Part
+from tncompile.tensorizer.sites import Part
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,26 +15,30 @@ import torch
 
 from tncompile import __version__
 from tncompile.compiler import naming
+from tncompile.emit.file import adopt
 from tncompile.errors import OutputError, TNCompileError, UnsupportedError
 from tncompile.frontend.load import LoadOptions, load
 from tncompile.frontend.model import LoadedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.trace import trace
+from tncompile.runtime import rivals
 from tncompile.runtime.files import check_writable, write_file
+from tncompile.runtime.probe import Limits, probe
 from tncompile.runtime.quantize import BITS, whole
 from tncompile.runtime.session import Session
-from tncompile.tensorize.budget import FORMATS, Budget
-from tncompile.tensorize.fit import Fitted, fit
-from tncompile.tensorize.heal import heal
-from tncompile.tensorize.judge import Found, Judge
-from tncompile.tensorize.measure import Measured, times
-from tncompile.tensorize.options import rounded
-from tncompile.tensorize.prepare import Prepared, prepare
-from tncompile.tensorize.realize import Realized, realize, replacements, substituted
-from tncompile.tensorize.refit import refit
-from tncompile.tensorize.report import TensorizeReport, WeightSummary, verdict
-from tncompile.tensorize.search import Plan, Sites, choose
-from tncompile.tensorize.ways import fronts
+from tncompile.runtime.settle import write_rival
+from tncompile.tensorizer.budget import FORMATS, Budget
+from tncompile.tensorizer.fit import Fitted, fit
+from tncompile.tensorizer.heal import heal
+from tncompile.tensorizer.judge import Found, Judge
+from tncompile.tensorizer.measure import Measured, times
+from tncompile.tensorizer.options import rounded
+from tncompile.tensorizer.prepare import Prepared, prepare
+from tncompile.tensorizer.realize import Realized, realize, replacements, substituted
+from tncompile.tensorizer.refit import refit
+from tncompile.tensorizer.report import TensorizeReport, WeightSummary, verdict
+from tncompile.tensorizer.search import Plan, Sites, choose
+from tncompile.tensorizer.ways import fronts
 from tncompile.training import to_torch
 
 OURS, DENSE = "tensorized", "dense, fp32"
@@ -43,6 +48,9 @@ CORRECTIONS = 3
 
 MARGIN = 0.02
 """By how much a tensorized model must be better than one that is only quantized: less is noise."""
+
+EXPORT = 120.0
+"""Seconds that torch's exporter may take."""
 
 REFIT = 120.0
 """Seconds for correcting each layer for the errors before it."""
@@ -188,7 +196,7 @@ class _Search:
     ) -> None:
         self.budget, self.formats, self.bits, self.healing = budget, tuple(formats), tuple(bits), healing
         self.loaded, self.calibration, self.model = loaded, calibration, model
-        self.progress, self.compiling = progress, dict(compiling)
+        self.progress, self.compiling = progress, {**compiling, "compact": budget.prefer != "speed"}
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.last = time.perf_counter()
@@ -200,7 +208,7 @@ class _Search:
         self.notes += made.notes
         self._took("prepare")
         dense = realize(self.loaded, Plan(()), (), self.compiling)
-        files = {DENSE: dense.data, **self._whole(made, dense)}
+        files = {DENSE: dense.data, **self._whole(made, dense.data, BITS[1:]), **self._exported(made)}
         judge = Judge(self.budget, made.runner, made.held, made.inputs)
         self._took("without formats")
         measured = self._measured(made, judge, files)
@@ -222,17 +230,34 @@ class _Search:
 
     # ------------------------------------------------------------------------------ stages
 
-    def _whole(self, made: Prepared, dense: Realized) -> dict[str, bytes]:
-        """The dense file in fewer bits throughout."""
+    def _whole(self, made: Prepared, dense: bytes, ways: Sequence[str], suffix: str = "") -> dict[str, bytes]:
+        """A dense file in fewer bits throughout."""
         found: dict[str, bytes] = {}
-        for bits in BITS[1:]:
+        for bits in ways:
             if bits in self.bits and (bits != "int8-static" or made.train):
-                self.progress(f"quantizing the dense model to {bits}")
+                self.progress(f"quantizing the dense model to {bits}{suffix}")
                 try:
-                    found[bits] = whole(dense.data, bits, made.train)
+                    found[f"{bits}{suffix}"] = whole(dense, bits, made.train)
                 except TNCompileError as error:
-                    self.notes.append(f"{bits} throughout: {error}")
+                    self.notes.append(f"{bits} throughout{suffix}: {error}")
         return found
+
+    def _exported(self, made: Prepared) -> dict[str, bytes]:
+        """What torch's exporter makes of the dense model, or the ONNX file as it came in, and that in eight bits."""
+        try:
+            with tempfile.TemporaryDirectory() as folder, rivals.time_limit(EXPORT):
+                path = Path(folder) / "model.onnx"
+                write_rival(made.traced, path)
+                tried = probe(path, max(made.feeds.items())[1], Limits())
+                plain = adopt(path.read_bytes(), made.traced).data
+        except Exception as error:  # an exporter raises whatever it likes
+            self.notes.append(f"torch's exporter fails on the model ({str(error).splitlines()[0][:100]})")
+            return {}
+        if tried.ms is None:
+            self.notes.append(f"what torch's exporter makes of the model takes too much: {tried.note}")
+            return {}
+        suffix = ", as it came" if isinstance(self.loaded, OnnxModel) else ", exported by torch"
+        return {f"fp32{suffix}": plain, **self._whole(made, plain, ("int8", "int8-static"), suffix)}
 
     def _measured(self, made: Prepared, judge: Judge, files: Mapping[str, bytes]) -> dict[str, Measured]:
         """All files beside each other; what is known of one is not measured again, but for its time."""

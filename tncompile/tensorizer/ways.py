@@ -14,12 +14,12 @@ from tncompile.ir import Array, dims
 from tncompile.runtime.quantize import BITS, STORED, stored_bytes
 from tncompile.runtime.quantized_time import seconds as timed
 from tncompile.runtime.tuner import model_of
-from tncompile.tensorize.candidates import Candidate
-from tncompile.tensorize.cost import Predictor
-from tncompile.tensorize.options import Way, options
-from tncompile.tensorize.prepare import Prepared
-from tncompile.tensorize.search import Option, Sites
-from tncompile.tensorize.sites import Replacement, Site
+from tncompile.tensorizer.candidates import Candidate
+from tncompile.tensorizer.cost import Predictor
+from tncompile.tensorizer.options import Way, options
+from tncompile.tensorizer.prepare import Prepared
+from tncompile.tensorizer.search import Option, Sites
+from tncompile.tensorizer.sites import Replacement, Site
 
 TIMING = 90.0
 """Seconds to time candidates in fewer bits for; after that, ratios are those of the dense layer."""

@@ -13,7 +13,7 @@ from tncompile.errors import TNCompileError
 from tncompile.ir import Array
 from tncompile.runtime.session import Session
 from tncompile.runtime.timing import race
-from tncompile.tensorize.evaluation import Run
+from tncompile.tensorizer.evaluation import Run
 
 SECONDS = 4.0
 """How long the files are timed at each batch size."""

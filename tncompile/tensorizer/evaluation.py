@@ -10,8 +10,8 @@ import numpy as np
 
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
-from tncompile.tensorize.data import Calibration
-from tncompile.tensorize.runner import Runner
+from tncompile.tensorizer.data import Calibration
+from tncompile.tensorizer.runner import Runner
 
 _KEPT = 1 << 29  # bytes of outputs that are not computed again
 

@@ -9,8 +9,8 @@ from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.ir import Array
-from tncompile.tensorize.onnx_graph import OnnxGraph
-from tncompile.tensorize.torch_graph import TorchGraph
+from tncompile.tensorizer.onnx_graph import OnnxGraph
+from tncompile.tensorizer.torch_graph import TorchGraph
 
 
 @dataclass(frozen=True)

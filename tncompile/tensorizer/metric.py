@@ -8,7 +8,7 @@ from typing import Any
 
 from tncompile.errors import TNCompileError
 from tncompile.frontend.files.factory import importable_here, named
-from tncompile.tensorize.budget import Metric
+from tncompile.tensorizer.budget import Metric
 
 
 def load_metric(reference: str) -> Metric:

@@ -11,8 +11,8 @@ from tncompile.frontend.factors import substitute
 from tncompile.frontend.model import LoadedModel
 from tncompile.ir import Array, Opaque, Program, networks_of
 from tncompile.runtime.quantize import BITS, quantizable, quantize
-from tncompile.tensorize.search import Option, Plan
-from tncompile.tensorize.sites import Replacement
+from tncompile.tensorizer.search import Option, Plan
+from tncompile.tensorizer.sites import Replacement
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tncompile.tensorize.measure import Measured
+from tncompile.tensorizer.measure import Measured
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tncompile.errors import UnsupportedError
-from tncompile.tensorize.activations import Feeds, Store, runs_of
-from tncompile.tensorize.flow import Flow, Passage, Values
-from tncompile.tensorize.slices import Slice
+from tncompile.tensorizer.activations import Feeds, Store, runs_of
+from tncompile.tensorizer.flow import Flow, Passage, Values
+from tncompile.tensorizer.slices import Slice
 
 FEWEST = 10
 """Runs that are used in any case, however little time there is."""

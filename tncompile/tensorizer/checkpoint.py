@@ -16,7 +16,7 @@ import torch
 
 from tncompile.errors import LoadError, TNCompileError
 from tncompile.runtime.files import write_file
-from tncompile.tensorize.distil import Progress
+from tncompile.tensorizer.distil import Progress
 
 VERSION = 1
 _KEY = "tncompile.healing"

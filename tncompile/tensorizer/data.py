@@ -14,8 +14,8 @@ import numpy as np
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
 from tncompile.ir import Array, Value
-from tncompile.tensorize.arrays import read_arrays
-from tncompile.tensorize.cut import Run, cut
+from tncompile.tensorizer.arrays import read_arrays
+from tncompile.tensorizer.cut import Run, cut
 
 MOST = 1024
 """Samples that are used where there are more, unless the caller says otherwise."""

@@ -12,7 +12,7 @@ import torch
 
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
-from tncompile.tensorize.flow import Flow, Values
+from tncompile.tensorizer.flow import Flow, Values
 
 BATCH = 32
 RUNS = 16

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from tncompile.errors import UnsupportedError
-from tncompile.tensorize.flow import Part, Values
+from tncompile.tensorizer.flow import Part, Values
 
 Loss = Literal["mse", "kl"]
 RATE = 0.03

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tncompile.tensorize.judge import Found, Judge
-from tncompile.tensorize.search import Plan
+from tncompile.tensorizer.judge import Found, Judge
+from tncompile.tensorizer.search import Plan
 
 TRIALS = 7
 """Plans that are evaluated."""

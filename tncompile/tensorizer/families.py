@@ -17,8 +17,8 @@ from tncompile.decomp.modes import balanced, useful_count
 from tncompile.decomp.treeformat import TreeFactorized
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
-from tncompile.tensorize.ladders import LARGE, LARGE_SHARE, Weighing, cut_ladder, tree_ladder
-from tncompile.tensorize.sites import Site
+from tncompile.tensorizer.ladders import LARGE, LARGE_SHARE, Weighing, cut_ladder, tree_ladder
+from tncompile.tensorizer.sites import Site
 
 Moments = Array | Sequence[Array]
 """Second moments of a layer's input: ``[in, in]``; one such matrix for each axis of the input, whose Kronecker product

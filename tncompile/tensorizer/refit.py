@@ -18,12 +18,12 @@ from tncompile.decomp import Factorized, Metric, Ranks
 from tncompile.decomp.treeformat import TreeFactorized
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array, Network, Program
-from tncompile.tensorize.data import Calibration
-from tncompile.tensorize.evaluation import Evaluation
-from tncompile.tensorize.inputs import readings
-from tncompile.tensorize.moments import Cross, Moments, crosses
-from tncompile.tensorize.runner import Runner
-from tncompile.tensorize.sites import Part, Replacement, separate
+from tncompile.tensorizer.data import Calibration
+from tncompile.tensorizer.evaluation import Evaluation
+from tncompile.tensorizer.inputs import readings
+from tncompile.tensorizer.moments import Cross, Moments, crosses
+from tncompile.tensorizer.runner import Runner
+from tncompile.tensorizer.sites import Part, Replacement, separate
 
 RIDGE = 1e-3
 """How much a matrix is held to what it was, of the mean power of an input; more where few rows were seen."""

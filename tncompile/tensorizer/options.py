@@ -10,9 +10,9 @@ import numpy as np
 
 from tncompile.ir import Array
 from tncompile.runtime.quantize import simulated
-from tncompile.tensorize.moments import Moments
-from tncompile.tensorize.search import Option, front
-from tncompile.tensorize.sites import Replacement, Site
+from tncompile.tensorizer.moments import Moments
+from tncompile.tensorizer.search import Option, front
+from tncompile.tensorizer.sites import Replacement, Site
 
 UNKNOWN_ACTIVATIONS = 0.01
 """The relative error that activations of eight bits are taken to make where there is no data: normal numbers of a range

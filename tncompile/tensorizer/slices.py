@@ -8,7 +8,7 @@ from itertools import pairwise, takewhile
 
 import torch
 
-from tncompile.tensorize.flow import Flow, is_floating
+from tncompile.tensorizer.flow import Flow, is_floating
 
 MOST = 8
 """Replaced weights of a slice, above which it is cut again at places where more than the fewest values pass."""
