@@ -18,7 +18,7 @@ from tncompile.cli import main
 from tncompile.errors import OutputError, TNCompileError
 from tncompile.runtime.session import Session
 from tncompile.tensorizer import measure, prepare, ways
-from tncompile.tensorizer.tensorize import DENSE, OURS, Tensorized, tensorize
+from tncompile.tensorizer.tensorize import DENSE, OURS, Tensorized
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def error_of(made: Tensorized, module: nn.Module, inputs: torch.Tensor) -> float
 
 def test_low_rank_is_found_and_within_the_error() -> None:
     module = Thin().eval()
-    made = tensorize(module, data(), max_error=0.02, batch=(1, 16))
+    made = tncompile.tensorize(module, data(), max_error=0.02, batch=(1, 16))
     ways = {way.name: way for way in made.report.ways}
     assert made.report.chosen == OURS
     assert ways[OURS].size < min(way.size for name, way in ways.items() if name != OURS)
@@ -75,7 +75,7 @@ def test_low_rank_is_found_and_within_the_error() -> None:
 
 def test_what_cannot_be_made_smaller_is_left_and_said() -> None:
     module = Thin(rank=None).eval()
-    made = tensorize(module, data(), max_error=1e-6, batch=(1, 16))
+    made = tncompile.tensorize(module, data(), max_error=1e-6, batch=(1, 16))
     assert made.report.chosen == DENSE
     assert made.report.verdict.startswith("nothing is better than the dense float32 model")
     assert error_of(made, module, data(20)) < 1e-6
@@ -83,7 +83,7 @@ def test_what_cannot_be_made_smaller_is_left_and_said() -> None:
 
 def test_full_rank_weights_become_bits_alone() -> None:
     module = Thin(rank=None).eval()
-    made = tensorize(module, data(), max_error=0.01, prefer="size", batch=(1, 16))
+    made = tncompile.tensorize(module, data(), max_error=0.01, prefer="size", batch=(1, 16))
     assert error_of(made, module, data(50)) < 0.015
     assert all("r1=" not in w.kept for w in made.report.weights if w.name != "last.weight")
     assert {way.name for way in made.report.ways} >= {DENSE, "fp16", "int8"}
@@ -98,7 +98,7 @@ def test_a_metric_bounds_the_drop() -> None:
     def accuracy(run: Callable[..., Any]) -> float:
         return float((run(inputs).argmax(1) == labels).float().mean())
 
-    made = tensorize(module, data(), metric=accuracy, max_drop=0.05, batch=(1, 16))
+    made = tncompile.tensorize(module, data(), metric=accuracy, max_drop=0.05, batch=(1, 16))
     chosen = next(way for way in made.report.ways if way.name == made.report.chosen)
     assert chosen.drop is not None and chosen.drop <= 0.05
     (logits,) = Session(made.onnx).run({"x": inputs.numpy()}).values()
@@ -107,25 +107,25 @@ def test_a_metric_bounds_the_drop() -> None:
 
 def test_a_size_gives_the_least_error() -> None:
     module = Thin().eval()
-    made = tensorize(module, data(), max_size=0.25, batch=(1, 16))
+    made = tncompile.tensorize(module, data(), max_size=0.25, batch=(1, 16))
     chosen = next(way for way in made.report.ways if way.name == made.report.chosen)
     dense = next(way for way in made.report.ways if way.name == DENSE)
     assert len(made.onnx) == chosen.size <= 0.25 * dense.size
     assert error_of(made, module, data(50)) < 0.02
     with pytest.raises(TNCompileError, match="nothing is within the budget"):
-        tensorize(module, data(), max_size=300, batch=(1, 16))
+        tncompile.tensorize(module, data(), max_size=300, batch=(1, 16))
 
 
 def test_without_data_errors_are_those_of_weights() -> None:
     module = Thin().eval()
-    made = tensorize(module, example_inputs=(data(2),), max_error=0.02, batch=(1, 16))
+    made = tncompile.tensorize(module, example_inputs=(data(2),), max_error=0.02, batch=(1, 16))
     assert "errors are those of the weights" in made.report.data
     assert "r1=" in next(w.kept for w in made.report.weights if w.name == "first.weight")
 
 
 def test_a_model_to_train_further(tmp_path: Path) -> None:
     module = Thin().eval()
-    made = tensorize(module, data(), max_error=0.02, bits=("fp32",), batch=(1, 16))
+    made = tncompile.tensorize(module, data(), max_error=0.02, bits=("fp32",), batch=(1, 16))
     made.save(tmp_path / "small.pt2")
     loaded = torch.export.load(tmp_path / "small.pt2")
     names = {*loaded.state_dict}

@@ -211,10 +211,13 @@ class _Lowering:
         lead = [k for k, n in enumerate(result.order) if n not in result.axes[axis]]
         vector = np.broadcast_to(np.squeeze(array, axis=tuple(lead)), sizes).reshape(-1)
         bias = self.write.weights.add(biases[0].tensors[0].name, vector.astype(self.network.dtype))
+        inputs = [*node.inputs, bias]
+        for position in range(len(node.inputs)):  # nothing of what is dropped reads a weight any more
+            node.replace_input_with(position, None)
         self.write.nodes.pop()
         op = "Conv" if node.op_type == "Conv" else "Gemm"
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        return Laid(self.write.op(op, [*node.inputs, bias], **attributes), result.axes)  # type: ignore[list-item]
+        return Laid(self.write.op(op, inputs, **attributes), result.axes)  # type: ignore[arg-type]
 
     def _add_bias(self, result: Laid, biases: Sequence[Term]) -> Laid:
         if any(n not in result.order for b in biases for n in b.indices):  # the bias is the wider one

@@ -53,6 +53,7 @@ def network_model(network: Network, shown: bool = True) -> onnx_ir.Model:
     inputs = {t.name: Value(t.name, network.dtype, t.shape) for t in network.operands}
     program = Program(tuple(inputs.values()), (network,), ((network.output.name, network.output.name),))
     model = _of_placeholders(program)
+    model.graph.name = "network"  # which onnx requires
     _lower_networks(model, program)
     if not shown:
         (value,) = model.graph.outputs
