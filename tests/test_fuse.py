@@ -180,6 +180,8 @@ def test_a_column_is_computed_as_a_row(tmp_path: Path) -> None:
     nodes = onnx.load_from_string(compiled.onnx).graph.node
     kernels = [list(a.ints) for n in nodes if n.op_type == "Conv" for a in n.attribute if a.name == "kernel_shape"]
     assert kernels == [[1, 5], [1, 3]]
+    read = {name for node in nodes for name in node.input}
+    assert {t.name for t in onnx.load_from_string(compiled.onnx).graph.initializer} <= read  # no weight twice
     x = torch.randn(5, 1024)
     y = compiled.run(x)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from tncompile.runtime.quantize import BITS, whole
 from tncompile.runtime.session import Session
 from tncompile.runtime.settle import write_rival
 from tncompile.tensorizer.budget import FORMATS, Budget
-from tncompile.tensorizer.fit import Fitted, fit
+from tncompile.tensorizer.fit import FIRST, Fitted, fit
 from tncompile.tensorizer.heal import heal
 from tncompile.tensorizer.judge import Found, Judge
 from tncompile.tensorizer.measure import Measured, times
@@ -37,14 +37,18 @@ from tncompile.tensorizer.prepare import Prepared, prepare
 from tncompile.tensorizer.realize import Realized, realize, replacements, substituted
 from tncompile.tensorizer.refit import refit
 from tncompile.tensorizer.report import TensorizeReport, WeightSummary, verdict
+from tncompile.tensorizer.saved import fingerprint, load_plan, save_plan
 from tncompile.tensorizer.search import Plan, Sites, choose
 from tncompile.tensorizer.ways import fronts
 from tncompile.training import to_torch
 
 OURS, DENSE = "tensorized", "dense, fp32"
 
-CORRECTIONS = 3
-"""How often a plan is made anew where the file that it became was not within the budget."""
+CORRECTIONS, SMALLER = 3, 0.7
+"""How many plans are made until a file is within the budget, and the share of the error that each next one is for."""
+
+HEALED = (3.0, 1.7)
+"""Times the error that fits by evaluation, that healing is tried on first."""
 
 MARGIN = 0.02
 """By how much a tensorized model must be better than one that is only quantized: less is noise."""
@@ -167,6 +171,8 @@ def tensorize_model(
     """
     if isinstance(loaded, OnnxModel) and healing.seconds:
         raise UnsupportedError("a model that came in as ONNX cannot be trained, and so not be healed")
+    if calibration is None and healing.seconds:
+        raise TNCompileError("healing needs calibration data (--calibrate)")
     return _Search(loaded, calibration, budget, formats, bits, healing, model, progress, compiling).run()
 
 
@@ -201,6 +207,7 @@ class _Search:
         self.notes: list[str] = []
         self.last = time.perf_counter()
         self.known: dict[str, Found] = {}
+        self.overhead = 0.0  # bytes of a file that are no weights
 
     def run(self) -> Tensorized:
         """All stages in order."""
@@ -297,7 +304,7 @@ class _Search:
             budget.prefer,
             max_error=None if limit is None else limit / made.additivity,
             max_seconds=None if budget.min_speedup is None else dense.mean_ms / 1e3 / budget.min_speedup,
-            max_size=self._max_size(dense),
+            max_size=None if (size := self._max_size(dense)) is None else size - self.overhead,
         )
 
     def _max_size(self, dense: Measured) -> float | None:
@@ -307,53 +314,79 @@ class _Search:
     def _tensorized(
         self, made: Prepared, judge: Judge, sites: Sites, found: Fitted | None, dense: Measured
     ) -> tuple[Realized, Plan] | None:
-        """The file of a plan, made anew with a smaller error where the file is not within the budget."""
-        plan, limit = (None, 0.0) if found is None else (found.plan, found.limit)
-        for attempt in range(CORRECTIONS):
-            if plan is None or all(option.label == "dense, fp32" for option in plan.options):
-                return None
-            self.progress(f"making plan {attempt + 1}")
-            plan, student = self._improved(made, plan)
+        """The file of the first plan whose file is within the budget, and that plan as it became."""
+        tried: list[tuple[str, ...]] = []
+        for number, limit in enumerate(self._limits(found)):
+            plan = self._plan(made, sites, dense, limit)
+            if plan is None or all(option.label == DENSE for option in plan.options):
+                continue
+            labels = tuple(option.label for option in plan.options)
+            if labels in tried:
+                continue
+            tried.append(labels)
+            self.progress(f"making plan {len(tried)}: expected error {plan.error:.2g}")
+            plan, student = self._improved(made, plan, number)
             self._took("improve")
             realized = realize(student, plan, made.train, self.compiling)
             self._took("compile")
-            session = Session(realized.data)
-            like = self._judged(judge, session)
+            like = self._judged(judge, Session(realized.data))
+            self._took("measure")
             most = self._max_size(dense)
-            if judge.accepts(like) and (most is None or len(realized.data) <= most):
+            over = 0.0 if most is None else len(realized.data) - most
+            if judge.accepts(like) and over <= 0:
                 self.known[OURS] = like
                 return realized, plan
-            limit *= 0.7
-            plan = self._plan(made, sites, dense, limit if self.budget.bounds_error else None)
-        self.notes.append(f"a plan with tensor formats was not within the budget after {CORRECTIONS} corrections")
+            self.overhead += 1.05 * max(over, 0.0)
+        if tried:
+            self.notes.append(f"none of {len(tried)} plans with other formats or mixed bits was within the budget")
         return None
 
-    def _improved(self, made: Prepared, plan: Plan) -> tuple[Plan, LoadedModel]:
+    def _limits(self, found: Fitted | None) -> Iterator[float | None]:
+        """Errors to plan for, one after the other: what healing may bring within the budget, what fits by evaluation,
+        and less."""
+        if not self.budget.bounds_error:
+            yield from [None] * CORRECTIONS
+            return
+        base = FIRST if found is None else found.limit
+        for factor in (*(HEALED if self.healing.seconds else ()), *(SMALLER**k for k in range(CORRECTIONS))):
+            yield base * factor
+
+    def _improved(self, made: Prepared, plan: Plan, number: int) -> tuple[Plan, LoadedModel]:
         """The plan with cores that know of the errors upstream, and the model with them, healed where asked."""
-        cores = replacements(plan)
-        if cores and made.data is not None and made.held is not None:
-            self.progress("correcting each layer for the errors before it")
-            better = refit(cores, made.runner, made.data, made.held, REFIT, biases=False)
-            self.notes += better.notes
-            new = {id(old): one for old, one in zip(cores, better.replacements, strict=True)}
-            plan = Plan(tuple(replace(o, replacement=new.get(id(o.replacement))) for o in plan.options))
+        kept = self.healing.checkpoint
+        mark = fingerprint(made.sites, f"{self.budget} {self.healing.seconds} {self.healing.end_to_end} {number}")
+        saved = None if kept is None else kept.with_name(f"{kept.name}.{number}.plan")
+        before = None if saved is None else load_plan(saved, (*made.sites, *made.joint), mark)
+        if before is not None:
+            self.notes.append(f"resumed from {saved}")
+        plan = before or self._corrected(made, plan)
+        if saved is not None and before is None and self.healing.seconds:
+            save_plan(saved, plan, mark)
         student = substituted(self.loaded, replacements(plan))
-        if not cores or not self.healing.seconds:
+        if not replacements(plan) or not self.healing.seconds:
             return plan, student
-        if not made.train:
-            raise TNCompileError("healing needs calibration data (--calibrate)")
         healed = heal(
             cast("torch.export.ExportedProgram", student),
             cast("torch.export.ExportedProgram", self.loaded),
             made.train,
             held_out=None if made.held is None else [*made.held],
-            seconds=self.healing.seconds,
+            seconds=self.healing.seconds / (len(HEALED) + 1 if self.budget.bounds_error else 1),
             end_to_end=self.healing.end_to_end,
-            checkpoint=self.healing.checkpoint,
+            checkpoint=None if kept is None else kept.with_name(f"{kept.name}.{number}"),
             progress=lambda message: self.progress(f"healing: {message}"),
         )
         self.notes += [f"healed: output error {healed.before:.2g} -> {healed.after:.2g}", *healed.notes]
         return plan, healed.exported
+
+    def _corrected(self, made: Prepared, plan: Plan) -> Plan:
+        cores = replacements(plan)
+        if not cores or made.data is None or made.held is None:
+            return plan
+        self.progress("correcting each layer for the errors before it")
+        better = refit(cores, made.runner, made.data, made.held, REFIT, biases=False)
+        self.notes += better.notes
+        new = {id(old): one for old, one in zip(cores, better.replacements, strict=True)}
+        return Plan(tuple(replace(o, replacement=new.get(id(o.replacement))) for o in plan.options))
 
     # ------------------------------------------------------------------------------ the end
 
