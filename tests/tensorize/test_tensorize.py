@@ -18,7 +18,8 @@ from tncompile.cli import main
 from tncompile.errors import OutputError, TNCompileError
 from tncompile.runtime.session import Session
 from tncompile.tensorizer import measure, prepare, ways
-from tncompile.tensorizer.tensorize import DENSE, OURS, Tensorized
+from tncompile.tensorizer.run import DENSE, OURS
+from tncompile.tensorizer.tensorize import Tensorized
 
 
 @pytest.fixture(autouse=True)

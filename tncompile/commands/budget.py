@@ -62,6 +62,9 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
         "--bits", type=_names(_BITS), default=_BITS, metavar="NAME,...", help=f"among {', '.join(_BITS)}"
     )
     group.add_argument(
+        "--threads", type=_count, metavar="N", help="threads that it will run in, and is measured with (one a core)"
+    )
+    group.add_argument(
         "--heal",
         type=seconds,
         metavar="SECONDS",
@@ -107,6 +110,16 @@ def size(text: str) -> float:
 
 
 size.__name__ = "size"
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+_count.__name__ = "positive whole number"
 
 
 def _positive(text: str) -> float:

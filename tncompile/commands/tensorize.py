@@ -78,7 +78,8 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
     from tncompile.runtime.timing import wait_politely
 
     wait_politely()
-    from tncompile.tensorizer.tensorize import Healing, kind_of, tensorize_file
+    from tncompile.tensorizer.run import Healing
+    from tncompile.tensorizer.tensorize import kind_of, tensorize_file
 
     kind = kind_of(output)
     with Progress(options.quiet) as progress:
@@ -91,6 +92,7 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
             formats=options.formats,
             bits=options.bits if kind == "onnx" else ("fp32",),
             healing=Healing(options.heal, options.end_to_end, checkpoint),
+            threads=options.threads or 0,
             batch=options.batch,
             sizes=dict(options.dim),
             passes=passes(options) or DEFAULT,
@@ -100,6 +102,7 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
             **compiling,
         )
         made.save(output)
+        made.discard()
         if report is not None:
             text = json.dumps({**made.report.to_dict(), "output": str(output)}, indent=1, ensure_ascii=False)
             write_file(report, (text + "\n").encode())

@@ -31,12 +31,12 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 class Budget:
     """At most this error, size and time; of these at least one is given.
 
-    `max_error`: relative error of the outputs on the calibration data (``|y - y0| / |y0|`` over all outputs and
-    samples). `max_drop`: by how much a task `metric` may fall, in its own units: 0.01 is a point of an accuracy.
-    `max_size`: bytes of the written file, or as a share of the dense float32 file where it is below 1. `min_speedup`:
-    over the dense float32 file in ONNX Runtime, at the batch sizes planned for. `prefer` is what to minimize within
-    all of that; where neither `max_error` nor `max_drop` is given, the error is. TNCompileError for values that mean
-    nothing.
+    `max_error`: relative error of the outputs, ``|y - y0| / |y0|`` over the held-out samples of the calibration data,
+    of several outputs the largest; without data that of the weights. `max_drop`: by how much a task `metric` may fall,
+    in its own units: 0.01 is a point of an accuracy. `max_size`: bytes of the written file, or as a share of the dense
+    float32 file where it is below 1. `min_speedup`: over the dense float32 file in ONNX Runtime, at the batch sizes
+    planned for. `prefer` is what to minimize within all of that; where neither `max_error` nor `max_drop` is given,
+    the error is. TNCompileError for values that mean nothing.
     """
 
     max_error: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tncompile.decomp import Factorized, Split
@@ -46,17 +46,21 @@ def candidates(
     moments: Moments | None = None,
     predictor: Predictor | None = None,
     shares: Sequence[float] = SHARES,
+    kinds: Collection[str] | None = None,
 ) -> list[Candidate]:
     """The replacements of a site that no other beats in error, time and bytes, by decreasing size.
 
     Truncations are made in the metric of the layer's inputs, from second `moments` (see `Moments`), exactly for the SVD
-    and as nearly as its modes allow for others. Without a `predictor`, time does not count. TNCompileError for moments
-    that do not fit, and for a weight that is not finite.
+    and as nearly as its modes allow for others. `kinds` are the formats to try, as they call themselves; all where
+    None. Without a `predictor`, time does not count. TNCompileError for moments that do not fit, and for a weight that
+    is not finite.
     """
     matrix = Matrix(site, moments)
     sizes = sorted({int(share * site.size) for share in shares if 0 < share < 1}, reverse=True)
     found: list[Candidate] = []
     for family in families(matrix):
+        if kinds is not None and family.label.rstrip(" 0123456789") not in kinds:
+            continue
         found += _of_family(matrix, family, sizes, predictor)
     different = {(c.error, c.bytes, c.seconds): c for c in reversed(found)}
     kept = [c for c in different.values() if not any(other.beats(c) for other in found)]

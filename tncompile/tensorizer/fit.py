@@ -33,16 +33,22 @@ def fit(
 ) -> Fitted | None:
     """Bisect the estimated error, on a logarithmic scale, for the largest whose plan is accepted; None where none is.
 
-    `plan_for` gives the plan for an estimated error, None where there is none.
+    `plan_for` gives the plan for an estimated error, None where so small an error takes more time or bytes than there
+    may be.
     """
     best: Fitted | None = None
     low, high = 0.0, math.inf
-    limit = judge.budget.max_error or FIRST
+    limit = min(FIRST, judge.budget.max_error or FIRST) if judge.budget.metric is not None else judge.budget.max_error
+    limit = limit or FIRST
     tried: dict[tuple[object, ...], Found] = {}
     for trial in range(TRIALS):
         plan = plan_for(limit)
         if plan is None:
-            return best
+            low = limit
+            if limit >= LARGEST:
+                break
+            limit = math.sqrt(low * high) if high < math.inf else limit * 2
+            continue
         key = tuple((option.site.name, option.label) for option in plan.options)
         if key not in tried:
             progress(f"evaluating plan {trial + 1} of at most {TRIALS}, expected error {plan.error:.2g}")

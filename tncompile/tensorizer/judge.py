@@ -12,6 +12,9 @@ from tncompile.tensorizer.measure import as_tensors
 from tncompile.tensorizer.metric import value_of
 from tncompile.tensorizer.runner import Runner
 
+_ROUNDING = 1e-9
+"""A drop of 0.9 - 0.89 is one of 0.01."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -34,23 +37,18 @@ class Judge:
         self._evaluation = None if held is None else Evaluation(runner, held)
         self.before = None if budget.metric is None else self._value(lambda feeds: runner.run(feeds).outputs)
 
-    @property
-    def measures(self) -> bool:
-        """Whether there is anything to judge by."""
-        return self._evaluation is not None or self.before is not None
-
-    def __call__(self, run: Run) -> Found:
-        """What a model is like."""
-        error = None if self._evaluation is None else self._evaluation.of(run)
+    def __call__(self, run: Run, weights: float | None = None) -> Found:
+        """What a model is like; `weights` is the error of its weights, which counts where there are no data."""
+        error = weights if self._evaluation is None else self._evaluation.of(run)
         if self.before is None:
             return Found(error)
         value = self._value(run)
         return Found(error, value, self.before - value)
 
     def accepts(self, found: Found) -> bool:
-        """Whether a model is within the budget's error and drop."""
+        """Whether a model is within the budget's error and drop; not where one is limited and unknown."""
         limits = ((found.error, self.budget.max_error), (found.drop, self.budget.max_drop))
-        return all(limit is None or value is None or value <= limit for value, limit in limits)
+        return all(limit is None or (value is not None and value <= limit + _ROUNDING) for value, limit in limits)
 
     def _value(self, run: Run) -> float:
         assert self.budget.metric is not None

@@ -86,7 +86,7 @@ class Prepared:
         """The data that errors are measured on."""
         if self.data is None or self.held is None:
             return "without calibration data: errors are those of the weights"
-        return f"calibrated on {self.data.samples} samples, evaluated on {self.held.samples} held out"
+        return f"calibrated on {self.data.samples} samples; errors are on {self.held.samples} others, chosen by too"
 
 
 def prepare(
@@ -112,9 +112,10 @@ def prepare(
         known = moments(sites, runner, data)
     predictor = Predictor(program, context)
     ways: dict[str, list[Candidate]] = {}
+    kinds = {kind for name in formats for kind in FORMATS[name]}
     for number, site in enumerate((*sites, *joint)):
         progress(f"factorizing {site.name} ({number + 1} of {len(sites) + len(joint)})")
-        ways[site.name] = _allowed(candidates(site, _given(known.get(site.parts[0].name)), predictor), formats)
+        ways[site.name] = candidates(site, _given(known.get(site.parts[0].name)), predictor, kinds=kinds)
     notes = () if whole is None else (*whole.notes, *(held.notes if held is not None else ()))
     steps = {} if data is None else _steps(traced, sites, runner, data)
     found, additivity = _shares(sites), 1.0
@@ -160,11 +161,6 @@ def _given(known: Moments | None) -> Any:
     if known is None:
         return None
     return known.factors[0] if len(known.factors) == 1 else list(known.factors)
-
-
-def _allowed(found: Sequence[Candidate], formats: Sequence[str]) -> list[Candidate]:
-    kinds = {kind for name in formats for kind in FORMATS[name]}
-    return [c for c in found if c.replacement.factorized.KIND in kinds]
 
 
 def _perturbed(site: Site, ways: Sequence[Candidate]) -> list[dict[str, Array]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,11 @@ def substituted(model: LoadedModel, made: Sequence[Replacement]) -> LoadedModel:
 
 
 def realize(
-    student: LoadedModel, plan: Plan, calibration: Sequence[Mapping[str, Array]], compiling: Mapping[str, Any]
+    student: LoadedModel,
+    plan: Plan,
+    calibration: Sequence[Mapping[str, Array]],
+    compiling: Mapping[str, Any],
+    allowed: Collection[str] = BITS,
 ) -> Realized:
     """Compile a model with its replacements, and quantize what the plan wants in fewer bits.
 

@@ -115,19 +115,18 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:,.{digits}g}"
 
 
-def verdict(chosen: Measured, dense: Measured, quantized: Sequence[Measured], refused: Sequence[str] = ()) -> str:
-    """Which way is best, and against what, in one sentence."""
+def verdict(chosen: Measured, dense: Measured, others: Sequence[Measured], formats: bool) -> str:
+    """Which way is best, and against what, in one sentence; `others` are those without tensor formats that are within
+    the budget, `formats` says whether the chosen one has some."""
     if chosen.name == dense.name:
-        if refused:
-            return f"nothing is better than the dense float32 model within this budget ({'; '.join(refused)})"
         return "nothing is better than the dense float32 model within this budget"
-    text = f"{chosen.name}: {_against(chosen, dense)} than dense float32"
-    if chosen in quantized:
-        return f"{text}; no tensor format was better than that within this budget"
-    best = min(quantized, key=lambda m: m.mean_ms * m.size, default=None)
-    return (
-        text if best is None else f"{text}; {_against(chosen, best)} than {best.name}, the best without tensor formats"
-    )
+    text = f"{chosen.name}: {_against(chosen, dense)} than {dense.name}"
+    if not formats:
+        text += "; no tensor format was better than that within this budget"
+    best = min((o for o in others if o.name != chosen.name), key=lambda m: m.mean_ms * m.size, default=None)
+    if best is None or best.name == dense.name:
+        return text
+    return f"{text}; {_against(chosen, best)} than {best.name}, the best of the rest within it"
 
 
 def _against(one: Measured, other: Measured) -> str:

@@ -32,7 +32,11 @@ _KERNEL = ("fp32", "fp16", "int8-weights", "int8-static", "int4-weights")
 
 
 def fronts(
-    made: Prepared, bits: Sequence[str], dense_ms: Mapping[int, float], progress: Callable[[str], None]
+    made: Prepared,
+    bits: Sequence[str],
+    dense_ms: Mapping[int, float],
+    progress: Callable[[str], None],
+    threads: int = 0,
 ) -> Sites:
     """The Pareto fronts of all sites of a model whose dense file takes `dense_ms` at each batch size.
 
@@ -40,19 +44,21 @@ def fronts(
     """
     predictor = Predictor(made.program, made.context)
     weigh = _Weighing(made, predictor, dense_ms)
-    clock = _Clock(made, predictor, time.perf_counter() + TIMING)
+    clock = _Clock(made, predictor, time.perf_counter() + TIMING, threads)
     alone: list[tuple[Option, ...]] = []
     joint: list[tuple[Option, ...]] = []
     for sites, into in ((made.sites, alone), (made.joint, joint)):
         for number, site in enumerate(sites):
             progress(f"ways to keep {site.name} ({number + 1} of {len(sites)})")
-            found = _options(made, site, _possible(site, bits), predictor, weigh, clock)
+            found = _options(made, site, _possible(made, site, bits), predictor, weigh, clock)
             if found:
                 into.append(found)
     return Sites(tuple(alone), tuple(joint), weigh.rest, made.rest_size)
 
 
-def _possible(site: Site, bits: Sequence[str]) -> tuple[str, ...]:
+def _possible(made: Prepared, site: Site, bits: Sequence[str]) -> tuple[str, ...]:
+    if made.data is None:
+        bits = [b for b in bits if b != "int8-static"]
     part = site.parts[0]
     if part.gathered:
         known: Sequence[str] = _TABLE
@@ -113,6 +119,7 @@ class _Clock:
     made: Prepared
     predictor: Predictor
     end: float
+    threads: int
     known: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def ratios(self, site: Site, replacement: Replacement | None, bits: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -142,7 +149,9 @@ class _Clock:
                 shape = [dims.evaluate(d, symbols) for d in operand.shape]
                 feeds[operand.name] = np.asarray(generator.standard_normal(shape), network.dtype)
             try:
-                times = timed(model_of(network), ("fp32", *bits), feeds, budget_s=EACH * (1 + len(bits)))
+                times = timed(
+                    model_of(network), ("fp32", *bits), feeds, budget_s=EACH * (1 + len(bits)), threads=self.threads
+                )
             except TNCompileError:
                 continue
             before += times["fp32"]
