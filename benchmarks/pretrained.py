@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: After the model: how tncompile is called. {…} are filled in for each case.
 COMMAND = (
     "tensorize {model} -o {output} --calibrate {calibration} --metric {metric} --max-drop {max_drop} --batch {batch} "
-    "--report {report}"
+    "--threads {threads} --report {report}"
 )
 
 Record = dict[str, Any]
@@ -117,7 +117,8 @@ class Bench:
             "output": output,
             "calibration": self.folder / CALIBRATION,
             "metric": self.case.metric_name,
-            "max_drop": MAX_DROP,
+            "threads": self.options.threads,
+            "max_drop": MAX_DROP / 2,  # it chooses by other samples than it is judged on
             "batch": ",".join(map(str, self.case.batches)),
             "report": self.folder / "report.json",
         }

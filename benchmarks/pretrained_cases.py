@@ -33,8 +33,8 @@ class Pretrained:
 
     @property
     def metric_name(self) -> str:
-        """As ``--metric`` takes it."""
-        return f"{self.metric.__module__}:{self.metric.__name__}"
+        """As ``--metric`` takes it: the same number on data that the metric itself does not see."""
+        return f"{self.metric.__module__}:search_{self.metric.__name__}"
 
 
 def _sounds() -> Inputs:

@@ -105,8 +105,10 @@ def _packaged(name: str) -> Path:
 # ------------------------------------------------------------------------------------ film snippets
 
 
-def snippets() -> tuple[list[str], list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Texts to calibrate on (256), to fit a probe on (600) and to test it on (600), the latter with "was it liked".
+def snippets(part: Part = "test") -> tuple[list[str], list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Texts to calibrate on (256), to fit a probe on (600) and to test it on (600), both with "was it liked".
+
+    For a search, which must not see the test, the latter are 600 others.
 
     Of all that people rated, those on which they were of one mind.
     """
@@ -114,7 +116,7 @@ def snippets() -> tuple[list[str], list[tuple[str, bool]], list[tuple[str, bool]
     rated = [line.split("\t")[1:3] for line in lines if line.count("\t") >= 2]
     clear = [(text, float(rating) > 0) for rating, text in rated if abs(float(rating)) > 1.0]
     mixed = [clear[k] for k in np.random.default_rng(0).permutation(len(clear))]
-    return [text for text, _ in mixed[:256]], mixed[256:856], mixed[856:1456]
+    return [text for text, _ in mixed[:256]], mixed[256:856], mixed[856:1456] if part == "test" else mixed[1456:2056]
 
 
 def tokens(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
