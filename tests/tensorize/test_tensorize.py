@@ -17,7 +17,7 @@ import tncompile
 from tncompile.cli import main
 from tncompile.errors import OutputError, TNCompileError
 from tncompile.runtime.session import Session
-from tncompile.tensorizer import measure, prepare, ways
+from tncompile.tensorizer import measure, prepare, run, ways
 from tncompile.tensorizer.run import DENSE, OURS
 from tncompile.tensorizer.tensorize import Tensorized
 
@@ -122,6 +122,64 @@ def test_without_data_errors_are_those_of_weights() -> None:
     made = tncompile.tensorize(module, example_inputs=(data(2),), max_error=0.02, batch=(1, 16))
     assert "errors are those of the weights" in made.report.data
     assert "r1=" in next(w.kept for w in made.report.weights if w.name == "first.weight")
+
+
+def test_without_data_a_tight_error_is_kept_too() -> None:
+    module = Thin(rank=None).eval()
+    made = tncompile.tensorize(module, example_inputs=(data(2),), max_error=1e-6, batch=(1, 16))
+    assert made.report.chosen == DENSE
+    made = tncompile.tensorize(module, example_inputs=(data(2),), max_size=0.3, batch=(1, 16))
+    chosen = next(way for way in made.report.ways if way.name == made.report.chosen)
+    fitting = [w for w in made.report.ways if w.size <= 0.3 * made.report.ways[0].size and w.error is not None]
+    assert chosen.error == min(w.error or 0.0 for w in fitting)
+
+
+def test_what_won_is_what_is_saved(tmp_path: Path) -> None:
+    made = tncompile.tensorize(Thin().eval(), data(), max_error=0.02, batch=(1, 16))
+    assert {*made.bits} - {"fp32"}
+    with pytest.raises(OutputError, match="a model to train is in float32"):
+        made.save(tmp_path / "small.pt2")
+    made = tncompile.tensorize(Thin(rank=None).eval(), data(), max_error=1e-6, bits=("fp32",), batch=(1, 16))
+    made.save(tmp_path / "dense.pt2")
+    assert "first.weight" in torch.export.load(tmp_path / "dense.pt2").state_dict
+
+
+def test_healing_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search() -> Tensorized:
+        healing = run.Healing(3.0, checkpoint=tmp_path / "healing")
+        return tncompile.tensorize(
+            Thin().eval(), data(), max_error=0.02, bits=("fp32",), batch=(1, 16), healing=healing
+        )
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "heal", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search()
+    assert [path.name for path in tmp_path.iterdir()] == ["healing.0.plan"]
+    made = search()
+    assert f"resumed from {tmp_path / 'healing.0.plan'}" in made.report.notes
+    assert any(note.startswith("healed: output error") for note in made.report.notes)
+    made.discard()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_wrong_data_and_names_are_told() -> None:
+    module = Thin().eval()
+    with pytest.raises(TNCompileError, match="no calibration data"):
+        tncompile.tensorize(module, iter([]), max_error=0.1)
+    with pytest.raises(TNCompileError, match="example_inputs"):
+        tncompile.tensorize(module, "data.npz", max_error=0.1)
+    with pytest.raises(TNCompileError, match="int3"):
+        tncompile.tensorize(module, data(), max_error=0.1, bits=("int3",))
+
+
+def test_a_loader_is_not_robbed_of_its_first_batch() -> None:
+    batches = (batch for batch in torch.split(data(96), 32))
+    made = tncompile.tensorize(Thin().eval(), batches, max_error=0.05, bits=("fp32",), batch=(1, 16))
+    assert "64 samples; errors are on 32 others" in made.report.data
 
 
 def test_a_model_to_train_further(tmp_path: Path) -> None:
