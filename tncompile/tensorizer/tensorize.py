@@ -27,7 +27,7 @@ from tncompile.runtime.probe import Limits, probe
 from tncompile.runtime.quantize import BITS, whole
 from tncompile.runtime.session import Session
 from tncompile.runtime.settle import write_rival
-from tncompile.tensorizer.budget import FORMATS, Budget
+from tncompile.tensorizer.budget import FORMATS, Budget, kind_of
 from tncompile.tensorizer.fit import FIRST, Fitted, fit
 from tncompile.tensorizer.heal import heal
 from tncompile.tensorizer.judge import Found, Judge
@@ -98,16 +98,6 @@ class Tensorized:
     def to_torch(self, **options: Any) -> torch.nn.Module:
         """The model with its cores as parameters, to be trained further; options as in `tncompile.to_torch`."""
         return to_torch(self.student, **options)
-
-
-def kind_of(path: str | os.PathLike[str]) -> str:
-    """``"onnx"`` or ``"pt"``, by the suffix; OutputError for any other."""
-    suffix = Path(path).suffix
-    if suffix == ".onnx":
-        return "onnx"
-    if suffix in (".pt", ".pt2"):
-        return "pt"
-    raise OutputError(f"{os.fspath(path)}: name a file that ends in .onnx, or in .pt2 for a model to train further")
 
 
 def tensorize(
