@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, first_line
 from tncompile.ir import Array
 from tncompile.runtime.quantized_graph import NETWORK
 from tncompile.runtime.session import Session
@@ -33,10 +33,9 @@ def ranges(
         try:
             seen = session.run(session.feeds(sample))
         except Exception as error:  # onnxruntime's own have no common base
-            reason = str(error).splitlines()[0]
             raise TNCompileError(
-                f"calibration sample {number}: the model does not run on it ({reason}); give arrays of the names, "
-                "types and shapes of its inputs"
+                f"calibration sample {number}: the model does not run on it ({first_line(error)}); give arrays of the "
+                "names, types and shapes of its inputs"
             ) from error
         for position, name in enumerate(names):
             low, high = (float(seen[f"{edge}:{position}"]) for edge in _EDGES)

@@ -59,5 +59,10 @@ class OutputError(TNCompileError):
     """An output file cannot be written."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says anything, the error's type where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class TNCompileWarning(UserWarning):
     """What a user should know of a result that is right all the same; the command line prints it as one line."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tensorize.models import Images, Words, exact_formats, exported, imported, low_rank, sites
+from tests.tensorize.replaced import Images, Words, exact_formats, exported, imported, low_rank, sites
 from tncompile.compiler import compile_exported, planning_context, run_passes
 from tncompile.cost.devices import default_profile
 from tncompile.decomp import MatrixTrain, Ranks, TensorTrain, Tucker

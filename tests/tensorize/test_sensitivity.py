@@ -11,7 +11,7 @@ from tests.tensorize.small import as_onnx, imported, mlp, nn
 from tncompile.errors import TNCompileError
 from tncompile.runtime.session import Session
 from tncompile.tensorizer.data import collect
-from tncompile.tensorizer.evaluation import Evaluation, output_error, session_run
+from tncompile.tensorizer.evaluation import Evaluation
 from tncompile.tensorizer.moments import moments
 from tncompile.tensorizer.runner import Runner
 from tncompile.tensorizer.sensitivity import local_error, noise, sensitivities
@@ -28,13 +28,13 @@ def test_output_error_of_weights_a_function_and_a_file() -> None:
     runner, data = Runner(model), collect(x, model)
     weights = {name: p.detach().numpy() for name, p in other.named_parameters()}
     expected = relative(other(x), module(x))
-    assert output_error(runner, data, weights) == pytest.approx(expected, rel=1e-5)
     evaluation = Evaluation(runner, data)
+    assert evaluation.of_weights(weights) == pytest.approx(expected, rel=1e-5)
     assert evaluation.of(lambda feeds: other(torch.tensor(feeds["input"])).detach()) == pytest.approx(
         expected, rel=1e-5
     )
-    file = as_onnx(other, x[:4])
-    assert evaluation.of(session_run(Session(file.original))) == pytest.approx(expected, rel=1e-5)
+    file = Session(as_onnx(other, x[:4]).original)
+    assert evaluation.of(lambda feeds: file.run(file.feeds(feeds))) == pytest.approx(expected, rel=1e-5)
     assert evaluation.of_weights({}) == 0
     with pytest.raises(TNCompileError, match="2 outputs; the model has 1: output"):
         evaluation.of(lambda feeds: (1, 2))
@@ -79,7 +79,7 @@ def test_of_a_linear_model_follows_from_the_metric() -> None:
     assert found.additivity == pytest.approx(1, abs=0.15)
     local = {"0.weight": 0.03, "2.weight": 0.04}
     weights = {k: v for s in sites for k, v in noise(s, known, local[s.name], seed=5).items()}
-    assert output_error(runner, data, weights) == pytest.approx(found.predicted(local), rel=0.2)
+    assert Evaluation(runner, data).of_weights(weights) == pytest.approx(found.predicted(local), rel=0.2)
 
 
 def test_given_perturbations_and_no_moments() -> None:
@@ -91,7 +91,7 @@ def test_given_perturbations_and_no_moments() -> None:
     found = sensitivities(sites, Evaluation(runner, data), {}, {"2.weight": [changed]})
     ((local, output),) = found.sites["2.weight"].points
     assert local == pytest.approx(0.1, rel=1e-4)
-    assert output == pytest.approx(output_error(runner, data, changed), rel=1e-6)
+    assert output == pytest.approx(Evaluation(runner, data).of_weights(changed), rel=1e-6)
 
 
 def test_short_of_time_the_rest_is_estimated_from_like_layers() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 from tncompile.commands.options import seconds
+from tncompile.tensorizer.budget import FORMATS, Budget
 
-if TYPE_CHECKING:
-    from tncompile.tensorizer.budget import Budget
+BITS = ("fp32", "fp16", "int8-weights", "int8", "int8-static", "int4-weights", "int4")
+"""Those of `tncompile.runtime.quantize`, which takes too long to import for ``--help``."""
 
-_FORMATS = ("svd", "tensor-train", "matrix-train", "block-train", "tucker", "cp", "kronecker")
-_BITS = ("fp32", "fp16", "int8-weights", "int8", "int8-static", "int4-weights", "int4")
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "%": 1e-2}
 
 
@@ -52,15 +50,10 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefer",
         choices=("both", "speed", "size"),
-        default="both",
         help="what to minimize within the budget (default both: time times size)",
     )
-    group.add_argument(
-        "--formats", type=_names(_FORMATS), default=_FORMATS, metavar="NAME,...", help=f"among {', '.join(_FORMATS)}"
-    )
-    group.add_argument(
-        "--bits", type=_names(_BITS), default=_BITS, metavar="NAME,...", help=f"among {', '.join(_BITS)}"
-    )
+    group.add_argument("--formats", type=_names(FORMATS), metavar="NAME,...", help=f"among {', '.join(FORMATS)}")
+    group.add_argument("--bits", type=_names(BITS), metavar="NAME,...", help=f"among {', '.join(BITS)}")
     group.add_argument(
         "--threads", type=_count, metavar="N", help="threads that it will run in, and is measured with (one a core)"
     )
@@ -80,8 +73,9 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
 
 def is_asked(options: argparse.Namespace) -> bool:
     """Whether any option of a budget, or one that only makes sense with it, was given."""
-    names = ("max_error", "metric", "max_drop", "max_size", "min_speedup", "calibrate", "heal", "checkpoint")
-    return any(getattr(options, name) is not None for name in names)
+    limits = ("max_error", "metric", "max_drop", "max_size", "min_speedup")
+    others = ("calibrate", "prefer", "formats", "bits", "heal", "checkpoint")
+    return options.end_to_end or any(getattr(options, name) is not None for name in (*limits, *others))
 
 
 def has_budget(options: argparse.Namespace) -> bool:
@@ -91,11 +85,11 @@ def has_budget(options: argparse.Namespace) -> bool:
 
 def budget_of(options: argparse.Namespace) -> Budget:
     """The budget that the options say. TNCompileError where they make none, LoadError where there is no such metric."""
-    from tncompile.tensorizer.budget import Budget
     from tncompile.tensorizer.metric import load_metric
 
     metric = None if options.metric is None else load_metric(options.metric)
-    return Budget(options.max_error, metric, options.max_drop, options.max_size, options.min_speedup, options.prefer)
+    limits = (options.max_error, metric, options.max_drop, options.max_size, options.min_speedup)
+    return Budget(*limits, options.prefer or "both")
 
 
 def size(text: str) -> float:
@@ -132,7 +126,7 @@ def _positive(text: str) -> float:
 _positive.__name__ = "positive number"
 
 
-def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     def chosen(text: str) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
         unknown = [name for name in names if name not in known]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tncompile.commands.budget import budget_of, budget_options, has_budget
+from tncompile.commands.budget import BITS, budget_of, budget_options, has_budget
 from tncompile.commands.options import (
     MODEL_HELP,
     Progress,
@@ -20,8 +20,9 @@ from tncompile.commands.options import (
     planning_options,
 )
 from tncompile.commands.paths import check_paths
-from tncompile.errors import TNCompileError
+from tncompile.errors import OutputError, TNCompileError
 from tncompile.runtime.files import check_not_the_model, check_writable, write_file
+from tncompile.tensorizer.budget import FORMATS, kind_of
 
 HELP = """\
 Replace dense weights by tensor formats of lower rank and fewer bits, whatever mix of them is best on this machine
@@ -64,24 +65,20 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
     """As `run`; `compiling` are further options of `compile_exported`."""
     model, output = Path(options.model), Path(options.output)
     report = None if options.report is None else Path(options.report)
+    kind = kind_of(output)
     check_paths(model, [output], report)
     checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
     if checkpoint is not None:
         check_writable(checkpoint)
         check_not_the_model(checkpoint, model)
-    from tncompile.frontend.load import detect
-
-    detect(model)  # a missing file is told before torch is loaded
-    if options.calibrate is not None and not Path(options.calibrate).exists():
-        raise TNCompileError(f"--calibrate {options.calibrate}: no such file or folder")
+    _check(options, kind)
     from tncompile.passes import DEFAULT
     from tncompile.runtime.timing import wait_politely
 
     wait_politely()
     from tncompile.tensorizer.run import Healing
-    from tncompile.tensorizer.tensorize import kind_of, tensorize_file
+    from tncompile.tensorizer.tensorize import tensorize_file
 
-    kind = kind_of(output)
     with Progress(options.quiet) as progress:
         progress(f"loading {model}")
         made = tensorize_file(
@@ -89,8 +86,8 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
             options.calibrate,
             budget_of(options),
             loading(options),
-            formats=options.formats,
-            bits=options.bits if kind == "onnx" else ("fp32",),
+            formats=options.formats or tuple(FORMATS),
+            bits=("fp32",) if kind == "pt" else options.bits or BITS,
             healing=Healing(options.heal, options.end_to_end, checkpoint),
             threads=options.threads or 0,
             batch=options.batch,
@@ -114,13 +111,37 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace, kind: str) -> None:
+    """TNCompileError, before torch is loaded, for a missing file and for options that do not go together."""
+    from tncompile.frontend.load import detect
+
+    is_onnx = detect(Path(options.model)) == "ONNX"
+    if is_onnx and kind == "pt":
+        raise OutputError(f"{options.output}: the model came in as ONNX, and so it can only be written as .onnx")
+    if kind == "pt" and {*(options.bits or ())} - {"fp32"}:
+        raise TNCompileError(f"{options.output} keeps float32, to train further; leave --bits out, or write .onnx")
+    if options.calibrate is not None and not Path(options.calibrate).exists():
+        raise TNCompileError(f"--calibrate {options.calibrate}: no such file or folder")
+    if options.heal is None:
+        for name, value in (("--end-to-end", options.end_to_end), ("--checkpoint", options.checkpoint)):
+            if value:
+                raise TNCompileError(f"{name} is about healing: say for how many seconds with --heal")
+    elif options.calibrate is None:
+        raise TNCompileError("--heal trains on calibration data: name them with --calibrate")
+    elif is_onnx:
+        raise TNCompileError(f"{options.model}: an ONNX model cannot be trained; leave --heal out")
+
+
 def from_compile(options: argparse.Namespace) -> int:
     """``tncompile MODEL -o OUT`` with options of a budget. TNCompileError for those that do not go with it."""
     for name, value in (("--external-data", options.external_data), ("--no-check", options.no_check)):
         if value:
             raise TNCompileError(f"{name} does not go with a budget: quantizing and measuring need the whole file")
+    for name, given in (("--tune", options.tune is not None), ("--store", options.store != "auto")):
+        if given:
+            raise TNCompileError(f"{name} does not go with a budget: the search measures and decides that by itself")
     if options.device != "cpu":
         raise TNCompileError("tensorizing is for the CPU yet: leave --device out")
     budget_of(options)
     examples = [load_example(path) for path in options.example]
-    return tensorized(options, {"store": options.store, "tune": options.tune, "examples": examples})
+    return tensorized(options, {"examples": examples})

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir
 from onnx_ir.passes import common as onnx_passes
 
-from tncompile.errors import TNCompileError, VerificationError
+from tncompile.errors import TNCompileError, VerificationError, first_line
 from tncompile.frontend.mapped import release_pages
 
 EXTERNAL_FROM = 1_500_000_000
@@ -84,7 +84,7 @@ def pack(model: onnx_ir.Model, external: bool = False, strict: bool = True) -> O
     try:
         onnx_passes.CheckerPass(full_check=strict)(model)
     except onnx_ir.passes.PassError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise VerificationError(f"the emitted model is not valid ONNX, a fault of tncompile: {reason}") from error
     if not external and weight_bytes(model) < EXTERNAL_FROM:
         return OnnxFile(_message(model))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tncompile.errors import SourceRef, TNCompileWarning, UnsupportedError
+from tncompile.errors import SourceRef, TNCompileWarning, UnsupportedError, first_line
 from tncompile.frontend.adapters import adapted
 from tncompile.frontend.retrace import retraced
 
@@ -102,8 +102,7 @@ def _export(module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any) -> tor
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UnsupportedError(f"torch.export cannot trace {type(module).__name__}: {first}") from error
+            raise UnsupportedError(f"torch.export cannot trace {type(module).__name__}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

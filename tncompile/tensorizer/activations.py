@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, first_line
 from tncompile.ir import Array
 from tncompile.tensorizer.flow import Flow, Values
 
@@ -53,9 +53,8 @@ class Store:
         try:
             mapped = torch.from_file(str(path), True, tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
         except RuntimeError as error:  # a full disk
-            reason = str(error).splitlines()[0]
             raise TNCompileError(
-                f"activations of the calibration data cannot be kept in {self.folder}: {reason}"
+                f"activations of the calibration data cannot be kept in {self.folder}: {first_line(error)}"
             ) from error
         weakref.finalize(mapped, path.unlink, missing_ok=True)
         return mapped.copy_(tensor).to(tensor.device)

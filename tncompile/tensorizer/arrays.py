@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, first_line
 from tncompile.ir import Array
 
 LARGE = 1 << 26
@@ -31,7 +31,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
         raise TNCompileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise TNCompileError(
-            f"{path}: not arrays that can be read ({str(error).splitlines()[0][:200]}); write them with "
+            f"{path}: not arrays that can be read ({first_line(error)[:200]}); write them with "
             "numpy.savez(path, name=array), with numbers only"
         ) from error
     if not found:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tncompile.errors import TNCompileError
+from tncompile.errors import OutputError, TNCompileError
 
 Prefer = Literal["both", "speed", "size"]
 """What is made as small as it can be within the budget: time and size (their product), time alone, or size alone."""
@@ -22,7 +24,6 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "block-train": ("block train",),
     "tucker": ("Tucker",),
     "cp": ("CP",),
-    "kronecker": ("Kronecker sum",),
 }
 """What dense weights may become: the names that a user gives, and those of the formats in `tncompile.decomp`."""
 
@@ -81,3 +82,13 @@ class Budget:
             limits.append(f"at least {self.min_speedup:g} times as fast")
         best = {"both": "time and size", "speed": "time", "size": "size"}[self.prefer] if self.bounds_error else "error"
         return f"{', '.join(limits)}; least {best}"
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """``"onnx"`` or ``"pt"``, by the suffix; OutputError for any other."""
+    suffix = Path(path).suffix
+    if suffix == ".onnx":
+        return "onnx"
+    if suffix in (".pt", ".pt2"):
+        return "pt"
+    raise OutputError(f"{os.fspath(path)}: name a file that ends in .onnx, or in .pt2 for a model to train further")

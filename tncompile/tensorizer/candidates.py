@@ -28,13 +28,6 @@ class Candidate:
     seconds: tuple[float, ...]
     bytes: int
 
-    @property
-    def label(self) -> str:
-        """``SVD, ranks 96``."""
-        factorized = self.replacement.factorized
-        inner = [str(rank) for rank in factorized.ranks.values()]
-        return f"{factorized.KIND}, rank{'s' * (len(inner) > 1)} {' '.join(inner)}"
-
     def beats(self, other: Candidate) -> bool:
         """Whether it is no worse in anything, and not the same in all."""
         mine, theirs = ((c.error, c.bytes, *c.seconds) for c in (self, other))

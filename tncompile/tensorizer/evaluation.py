@@ -39,7 +39,7 @@ class Evaluation:
         return self.of(lambda feeds: self.runner.run(feeds, weights).outputs)
 
     def of(self, run: Run) -> float:
-        """Of anything that computes the outputs, such as a compiled file: see `session_run`."""
+        """Of anything that computes the outputs, such as a session of a compiled file."""
         wrong = dict.fromkeys(self._names, 0.0)
         whole = dict.fromkeys(self._names, 0.0)
         exact: dict[str, list[float]] = {}
@@ -83,16 +83,6 @@ class Evaluation:
         if len(values) != len(self._names):
             raise TNCompileError(f"{len(values)} outputs; the model has {len(self._names)}: {', '.join(self._names)}")
         return dict(zip(self._names, values, strict=True))
-
-
-def session_run(session: Any) -> Run:
-    """A `tncompile.runtime.session.Session` for `Evaluation.of`."""
-    return lambda feeds: session.run(session.feeds(feeds))
-
-
-def output_error(runner: Runner, calibration: Calibration, weights: Mapping[str, Array]) -> float:
-    """The model's relative output error with weights replaced; see `Evaluation`, which is faster for several."""
-    return Evaluation(runner, calibration).of_weights(weights)
 
 
 def _ratio(wrong: float, whole: float) -> float:

@@ -22,7 +22,7 @@ SECONDS = 4.0
 @dataclass(frozen=True)
 class Measured:
     """A file that a model can become: bytes, median ms by batch size, relative error of its outputs on calibration
-    data (None without), the task metric and how far that fell (None without). `note` says why there is none of it."""
+    data (None without), the task metric and how far that fell (None without)."""
 
     name: str
     size: int = 0
@@ -30,7 +30,6 @@ class Measured:
     error: float | None = None
     metric: float | None = None
     drop: float | None = None
-    note: str = ""
 
     @property
     def mean_ms(self) -> float:

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import onnx
 
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, first_line
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.onnx.prepare import whole
 from tncompile.ir import Array
@@ -43,9 +43,7 @@ class OnnxGraph:
         try:
             found = session.run({**{n: feeds[n] for n in session.inputs if n in feeds}, **given})
         except Exception as error:  # onnxruntime's own exceptions have no common base
-            raise TNCompileError(
-                f"the model cannot run on the calibration data: {str(error).splitlines()[0][:300]}"
-            ) from error
+            raise TNCompileError(f"the model cannot run on the calibration data: {first_line(error)[:300]}") from error
         return {n: found[n] for n in self._public if n in found and outputs}, {n: found[n] for n in wanted}
 
     def _session(self, wanted: tuple[str, ...], replaced: bool, outputs: bool) -> Session:

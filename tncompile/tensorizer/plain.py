@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tncompile.emit.file import adopt
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, first_line
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.runtime import rivals
@@ -51,7 +51,7 @@ def exported(
     try:
         plain = _exported(made.traced, made)
     except Exception as error:  # an exporter raises whatever it likes
-        return {}, [f"fp32{suffix}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"]
+        return {}, [f"fp32{suffix}: {type(error).__name__}: {first_line(error)[:100]}"]
     found, notes = in_fewer_bits(made, plain, [b for b in EIGHT if b in bits], suffix, progress)
     return {f"fp32{suffix}": plain, **found}, notes
 

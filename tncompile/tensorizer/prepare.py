@@ -115,7 +115,8 @@ def prepare(
     kinds = {kind for name in formats for kind in FORMATS[name]}
     for number, site in enumerate((*sites, *joint)):
         progress(f"factorizing {site.name} ({number + 1} of {len(sites) + len(joint)})")
-        ways[site.name] = candidates(site, _given(known.get(site.parts[0].name)), predictor, kinds=kinds)
+        inputs = known.get(site.parts[0].name)
+        ways[site.name] = candidates(site, None if inputs is None else inputs.arrays, predictor, kinds=kinds)
     notes = () if whole is None else (*whole.notes, *(held.notes if held is not None else ()))
     steps = {} if data is None else _steps(traced, sites, runner, data)
     found, additivity = _shares(sites), 1.0
@@ -157,12 +158,6 @@ def _data(calibration: Any, traced: ImportedModel) -> Calibration | None:
     return collect(calibration, traced)
 
 
-def _given(known: Moments | None) -> Any:
-    if known is None:
-        return None
-    return known.factors[0] if len(known.factors) == 1 else list(known.factors)
-
-
 def _perturbed(site: Site, ways: Sequence[Candidate]) -> list[dict[str, Array]]:
     """What a site may become, to be tried: a truncation in the middle, and eight bits."""
     middle = [ways[len(ways) // 2].replacement.dense()] if ways else []
@@ -195,7 +190,7 @@ def _steps(traced: ImportedModel, sites: Sequence[Site], runner: Runner, data: C
 
 
 def _feeds(traced: ImportedModel, context: Context, data: Calibration | None) -> dict[int, Mapping[str, Array]]:
-    """Inputs at each batch size: of the data where a run of it can be cut or repeated to that, else random."""
+    """Inputs at each batch size, random ones; where the batch is fixed, a run of the data if there are any."""
     generator = np.random.default_rng(0)
     if "batch" not in traced.sizes:
         return {0: next(iter(data)) if data is not None else random_inputs(traced, traced.sizes, generator)}

@@ -84,8 +84,6 @@ class TensorizeReport:
         for way in self.ways:
             numbers = [_number(way.ms.get(b)) for b in batches]
             cells = [f"{way.size / 1e6:.3g}", *numbers, _number(way.error), _number(way.metric, 5), _number(way.drop)]
-            if way.note and not way.ms:
-                cells = [way.note, *[""] * (len(cells) - 1)]
             style = "bold" if way.name == self.chosen else ""
             table.add_row(*(Text(cell) for cell in (way.name, *cells)), style=style)
         return table

@@ -17,7 +17,7 @@ import numpy as np
 
 from tncompile import decomp
 from tncompile.decomp import Factorized
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, first_line
 from tncompile.runtime.files import write_file
 from tncompile.tensorizer.search import Option, Plan
 from tncompile.tensorizer.sites import Replacement, Site
@@ -67,12 +67,9 @@ def load_plan(path: Path, sites: Sequence[Site], mark: str) -> Plan | None:
     try:
         with safe_open(path, "np") as file:
             about = file.metadata() or {}
-            if about.get("mark") != mark:
-                raise TNCompileError(
-                    f"{path}: healing of another model or budget; remove it, or name another --checkpoint"
-                )
+            records = json.loads(about["plan"]) if about.get("mark") == mark else None
             options = []
-            for number, record in enumerate(json.loads(about["plan"])):
+            for number, record in enumerate(records or ()):
                 site, replacement = known[record["site"]], None
                 if "format" in record:
                     own = {name: _tuples(value) for name, value in record["fields"].items()}
@@ -81,10 +78,10 @@ def load_plan(path: Path, sites: Sequence[Site], mark: str) -> Plan | None:
                     replacement = Replacement(site, _FORMATS[record["format"]](cores=cores, **own))
                 numbers = (record["error"], record["seconds"], record["size"])
                 options.append(Option(site, replacement, record["bits"], *numbers))
-    except TNCompileError:
-        raise
     except Exception as error:  # whatever a damaged file makes safetensors, json or a format raise
-        raise TNCompileError(f"{path}: not a plan that healing left ({error}); remove it") from error
+        raise TNCompileError(f"{path}: not a plan that healing left ({first_line(error)}); remove it") from error
+    if records is None:
+        raise TNCompileError(f"{path}: healing of another model or budget; remove it, or name another --checkpoint")
     return Plan(tuple(options))
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -233,8 +232,3 @@ def _reached(term: Term, position: int) -> set[str]:
 
 def _fits(known: Part | None, roles: tuple[tuple[int, ...], tuple[int, ...]], array: Array) -> bool:
     return known is not None and (known.ins, known.outs) == roles and known.array is array
-
-
-def weights_of(sites: Iterable[Site]) -> Mapping[str, Array]:
-    """All weights of some sites, by name."""
-    return {part.name: part.array for part in itertools.chain.from_iterable(site.parts for site in sites)}

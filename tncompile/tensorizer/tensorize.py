@@ -6,7 +6,6 @@ import io
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.trace import trace
 from tncompile.runtime.files import check_writable, write_file
 from tncompile.runtime.quantize import BITS
-from tncompile.tensorizer.budget import FORMATS, Budget
+from tncompile.tensorizer.budget import FORMATS, Budget, kind_of
 from tncompile.tensorizer.run import NO_HEALING, Healing, Progress, Search, Won
 from tncompile.training import to_torch
 
@@ -56,16 +55,6 @@ class Tensorized(Won):
         """Remove what healing left to resume from."""
         for path in self.temporary:
             path.unlink(missing_ok=True)
-
-
-def kind_of(path: str | os.PathLike[str]) -> str:
-    """``"onnx"`` or ``"pt"``, by the suffix; OutputError for any other."""
-    suffix = Path(path).suffix
-    if suffix == ".onnx":
-        return "onnx"
-    if suffix in (".pt", ".pt2"):
-        return "pt"
-    raise OutputError(f"{os.fspath(path)}: name a file that ends in .onnx, or in .pt2 for a model to train further")
 
 
 def tensorize(

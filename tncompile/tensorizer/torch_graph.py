@@ -12,7 +12,7 @@ import torch
 from torch.export.graph_signature import InputKind
 
 from tncompile.cost.search import einsum_path
-from tncompile.errors import TNCompileError
+from tncompile.errors import TNCompileError, first_line
 from tncompile.frontend.importer import TracedModel
 from tncompile.ir import Array
 
@@ -72,9 +72,7 @@ class TorchGraph:
             try:
                 shown, values = function(*args)
             except Exception as error:
-                raise TNCompileError(
-                    f"the model cannot run on the calibration data: {str(error).splitlines()[0]}"
-                ) from error
+                raise TNCompileError(f"the model cannot run on the calibration data: {first_line(error)}") from error
         named = zip(self._public, (x for x in shown if x is not None), strict=True) if outputs else ()
         return {n: _array(x) for n, x in named}, {n: _array(x) for n, x in zip(wanted, values, strict=True)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -120,10 +120,10 @@ class _Clock:
     predictor: Predictor
     end: float
     threads: int
-    known: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def ratios(self, site: Site, replacement: Replacement | None, bits: Sequence[str]) -> dict[str, tuple[float, ...]]:
-        """For each of some bits the ratio to float32 at each batch size; inf where ONNX Runtime has no such way."""
+        """For each of some bits the ratio to float32 at each batch size; inf where ONNX Runtime has no such way, and
+        where a network cannot be timed."""
         batches = self.made.context.batches
         computed = [b for b in bits if b not in STORED and b != "fp32"]
         found = {b: [1.0] * len(batches) for b in bits}
@@ -153,8 +153,10 @@ class _Clock:
                     model_of(network), ("fp32", *bits), feeds, budget_s=EACH * (1 + len(bits)), threads=self.threads
                 )
             except TNCompileError:
-                continue
+                return dict.fromkeys(bits, math.inf)
             before += times["fp32"]
             for b in bits:
                 after[b] += times[b]
-        return {b: after[b] / before if before else 1.0 for b in bits}
+        if not networks:
+            return dict.fromkeys(bits, 1.0)
+        return {b: after[b] / before if before < math.inf else math.inf for b in bits}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tncompile.errors import UnsupportedError
+from tncompile.errors import UnsupportedError, first_line
 from tncompile.frontend.names import under_names
 from tncompile.frontend.script.run import Answers, Graph, Path, Runner
 
@@ -71,8 +71,7 @@ class Scripted(torch.nn.Module):
         except UnsupportedError:
             raise
         except Exception as error:  # whatever torch's operators raise for inputs that do not fit
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UnsupportedError(f"the model does not run on inputs of these shapes: {reason}") from error
+            raise UnsupportedError(f"the model does not run on inputs of these shapes: {first_line(error)}") from error
         self.answers.recording = False
         self.answers.tainted = {}
         return list(dict.fromkeys(self.answers.inputs))
