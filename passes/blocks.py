@@ -73,5 +73,5 @@ def _padded(tensor: Tensor, wide: dict[str, Index]) -> Tensor:
     sizes = [(int(i.size), int(wide.get(i.name, i).size)) for i in tensor.indices]
     axes = tuple(tuple(wide.get(i.name, i) for i in axis) for axis in tensor.axes)
     data = np.pad(tensor.array(), [(0, new - old) for old, new in sizes])
-    padded = Tensor(tensor.name, axes)
+    padded = Tensor(tensor.name, axes, origins=tensor.origins)
     return replace(padded, data=data.reshape([int(size) for size in padded.shape]))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from tncompile.ir import Index, Network, Tensor, Term
+from tncompile.ir.core import sources_of
 from tncompile.ir.edit import fresh
 
 BLOCK_INDEX = "block"
@@ -31,7 +32,7 @@ def one_term(network: Network, terms: Sequence[Term]) -> Term | None:
         cores = [term.tensors[place] for term in terms]
         data = np.stack([core.array() for core in cores])
         axes = ((block,), *((i,) for i in tensor.indices))
-        tensors.append(Tensor(f"{tensor.name}.stacked", axes, data))
+        tensors.append(Tensor(f"{tensor.name}.stacked", axes, data, origins=sources_of(cores)))
     return replace(first, tensors=tuple(tensors), steps=None)
 
 

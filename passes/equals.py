@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Term, Value
-from tncompile.ir.core import NETWORK_DTYPES, same_array
+from tncompile.ir.core import NETWORK_DTYPES, same_array, sources_of
 from tncompile.ir.edit import fresh
 from tncompile.passes.stacks import SELECT, SLICE, STACK, Part, part_of
 
@@ -108,11 +108,11 @@ def _core(same: Sequence[Tensor], site: Index) -> Tensor:
     """One core for several: their own where all are one, else a stack of them."""
     first = same[0]
     if all(same_array(first.data, t.data) for t in same[1:]):
-        return first
+        return replace(first, origins=sources_of(same))
     names = list(dict.fromkeys(t.name for t in same))
     name = "+".join(names) if len(names) <= 3 else f"{names[0]}+...+{names[-1]}"
     data = np.stack([t.data for t in same if t.data is not None])
-    return Tensor(name, ((site,), *first.axes), data)
+    return Tensor(name, ((site,), *first.axes), data, origins=sources_of(same))
 
 
 def _operand(

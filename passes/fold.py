@@ -11,6 +11,7 @@ import numpy as np
 from tncompile.cost.search import optimal
 from tncompile.errors import SourceRef
 from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Tensor, Term
+from tncompile.ir.core import sources_of
 from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, unique_cores
 from tncompile.ir.evaluate import einsum, evaluate, evaluate_term, merge
 from tncompile.ir.tree import left_to_right
@@ -53,20 +54,21 @@ class Fold(Pass):
         changes: list[Change] = []
         program = self._compose(program, changes)
         nodes: list[Node] = []
-        weights = dict(program.weights)
+        weights, origins = dict(program.weights), dict(program.origins)
         shown = {name for _, name in program.outputs}
         for node in program.nodes:
             if isinstance(node, Network):
                 node = _combine_terms(node, changes)
                 if not node.operands and node.output.name not in shown:
                     weights[node.output.name] = evaluate(node).astype(node.dtype)
+                    origins[node.output.name] = sources_of(node.cores)
                     what = f"computed {node.output.name} from {len(node.cores)} cores at compile time"
                     changes.append(Change(node.output.name, what, "it depends on weights alone"))
                     continue
             nodes.append(node)
         used = {n for node in nodes if isinstance(node, Opaque) for n in node.inputs}
         weights = {k: v for k, v in weights.items() if k in used}
-        return unique_cores(replace(program, nodes=tuple(nodes), weights=weights)), changes
+        return unique_cores(replace(program, nodes=tuple(nodes), weights=weights, origins=origins)), changes
 
     # ------------------------------------------------------------------------------ composition
 
@@ -162,7 +164,8 @@ def _computed(network: Network) -> Network:
     """A network of cores alone as one core, with one index for each axis."""
     name, value = network.output.name, np.asarray(evaluate(network).astype(network.dtype))
     axes = tuple(() if n == 1 else (Index(f"d{k}", n),) for k, n in enumerate(value.shape))
-    return replace(network, terms=(Term((Tensor(name, axes, value),)),), output=Tensor(name, axes))
+    core = Tensor(name, axes, value, origins=sources_of(network.cores))
+    return replace(network, terms=(Term((core,)),), output=Tensor(name, axes))
 
 
 @dataclass
@@ -242,7 +245,8 @@ def _bias(network: Network, constants: Sequence[Term]) -> Term:
         f"{network.output.name}.bias",
     )
     name = name if len(constants) == 1 or name.endswith(".folded") else f"{name}.folded"
-    core = Tensor(name, tuple((i,) for i in keep), np.array(total, network.dtype, order="C"))
+    made = sources_of(core for term in constants for core in term.cores)
+    core = Tensor(name, tuple((i,) for i in keep), np.array(total, network.dtype, order="C"), origins=made)
     return Term((core,))
 
 
@@ -302,7 +306,8 @@ def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
     names = [i.name for i in products[0]]
     second = einsum([(second, tuple(renamed.get(i.name, i.name) for i in products[1]))], names)
     name = f"{merged_name([c.name for c in a.cores])}+{merged_name([c.name for c in b.cores])}"
-    core = Tensor(name, tuple((i,) for i in products[0]), (first + second).astype(network.dtype))
+    data, made = (first + second).astype(network.dtype), sources_of((*a.cores, *b.cores))
+    core = Tensor(name, tuple((i,) for i in products[0]), data, origins=made)
     return Term((x, core), windows=a.windows)
 
 

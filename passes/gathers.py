@@ -69,7 +69,7 @@ class Gathers(Pass):
             if str(weight.dtype) not in NETWORK_DTYPES:
                 return None
             axes = tuple((Index(f"d{k}", size),) if size != 1 else () for k, size in enumerate(weight.shape))
-            core = Tensor(gather.source, axes, weight)
+            core = Tensor(gather.source, axes, weight, origins=program.sources(gather.source))
             return Network("", (Term((core,)),), Tensor(gather.source, axes), str(weight.dtype), node.source)
         table = nodes.get(gather.source)
         while isinstance(table, Network) and table.operands:

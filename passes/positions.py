@@ -99,13 +99,14 @@ class Writer:
     def __init__(self, program: Program) -> None:
         self.values = dict(program.values)
         self.weights: dict[str, Array] = dict(program.weights)
+        self.origins = dict(program.origins)
         self._taken = {*self.values, *program.arrays}
         self._known: dict[object, str] = {}
         self._tables: dict[object, str] = {}
 
     def program(self, program: Program, nodes: Sequence[Node]) -> Program:
         """The program with other nodes, and the weights that they gather from."""
-        return unique_cores(replace(program, nodes=tuple(nodes), weights=self.weights))
+        return unique_cores(replace(program, nodes=tuple(nodes), weights=self.weights, origins=self.origins))
 
     def name(self, wanted: str) -> str:
         """A name that nothing has yet."""
@@ -130,8 +131,10 @@ class Writer:
             if not kept or self.weights.get(name) is not core.data:
                 name = self.name(name) if name in self.weights or not kept else name
                 self.weights[name] = core.data if kept and core.data is not None else array.copy()
+                self.origins[name] = core.sources
             self._tables[key] = name
-        return self._tables[key], replace(core, axes=(tuple(first), tuple(rest)), data=None, recipe=None)
+        rows_of = replace(core, axes=(tuple(first), tuple(rest)), data=None, recipe=None, origins=())
+        return self._tables[key], rows_of
 
     def rows(self, weight: str, ids: str, wanted: str, layer: str, source: SourceRef) -> tuple[Opaque, Value]:
         """The node that gathers rows of a weight, and its value: [*shape of ids, columns]."""

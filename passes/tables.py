@@ -295,6 +295,6 @@ def _rows(
             continue
         mode = Index(fresh("rows", taken), array.shape[0])
         taken.add(mode.name)
-        tensors[position] = Tensor(weight.name, ((mode,), rest), array)
+        tensors[position] = Tensor(weight.name, ((mode,), rest), array, origins=program.sources(weight.name))
         tables[position] = _Table(node, mode, read(ids.name, nodes))
     return _Rows(network, term, tuple(tensors), tables) if tables else None

@@ -6,6 +6,7 @@ metadata of its nodes), or the first output of another node that reads weights: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from tncompile.runtime.quantized_stored import Writer, eight_bit_rows, four_bit_
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["BITS", "STORED", "quantizable", "quantize", "simulated", "stored_bytes", "whole"]
+__all__ = ["BITS", "STORED", "Reader", "quantizable", "quantize", "readers", "simulated", "stored_bytes", "whole"]
 
 _CARRIERS = {
     *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Add", "Mul", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"),
@@ -48,6 +49,26 @@ def quantizable(model: bytes) -> dict[str, tuple[str, ...]]:
     for site in sites(Constants(read(model))):
         found.setdefault(site.key, set()).update(site.bits)
     return {key: tuple(b for b in BITS if b in bits) for key, bits in found.items()}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A node that reads weights of so many `numbers`, made of some initializers, and what it can be computed in."""
+
+    initializers: tuple[str, ...]
+    numbers: int
+    bits: tuple[str, ...]
+
+
+def readers(model: bytes) -> dict[str, tuple[Reader, ...]]:
+    """The nodes of each key of `quantizable`, in order of execution. LoadError where the model cannot be read."""
+    constants = Constants(read(model))
+    found: dict[str, list[Reader]] = {}
+    for site in sites(constants):
+        names = [source for name in site.weights.values() for source in sorted(constants.sources(name))]
+        numbers = sum(math.prod(constants.shape(name)) for name in site.weights.values())
+        found.setdefault(site.key, []).append(Reader(tuple(dict.fromkeys(names)), numbers, site.bits))
+    return {key: tuple(nodes) for key, nodes in found.items()}
 
 
 def quantize(model: bytes, choice: Mapping[str, str], calibration: Sequence[Mapping[str, Array]] = ()) -> bytes:

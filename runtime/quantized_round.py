@@ -19,7 +19,7 @@ import numpy as np
 from tncompile.errors import TNCompileError
 from tncompile.ir import Array
 
-BITS = ("fp32", "fp16", "int8", "int8-static", "int8-weights", "int4", "int4-weights")
+BITS = ("fp32", "fp16", "int8-weights", "int8", "int8-static", "int4-weights", "int4")
 """The ways to compute with a weight, from the most exact on.
 
 - ``fp16``, ``int8-weights`` and ``int4-weights`` are smaller in the file alone: ONNX Runtime makes float32 of them when

@@ -9,7 +9,7 @@ cores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -46,18 +46,25 @@ class Tensor:
 
     `axes` has one group of indices for each physical axis. `name` is the weight's name, or the name of the
     value that flows in. An index may stand twice in one tensor (its diagonal is meant). `recipe` says how
-    `data` came to be, where it was contracted from smaller cores; it is no part of equality.
+    `data` came to be, where it was contracted from smaller cores; `origins` are the weights of the model that it was
+    made from, where that is not the weight of this name. Both are no part of equality.
     """
 
     name: str
     axes: tuple[Axis, ...]
     data: Array | None = None
     recipe: Recipe | None = field(default=None, repr=False)
+    origins: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def is_core(self) -> bool:
         """Whether the tensor is a constant known at compile time."""
         return self.data is not None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the weights of the model that a core was made from: its own, where it is one."""
+        return self.origins or (self.name,)
 
     @property
     def indices(self) -> Axis:
@@ -86,6 +93,11 @@ class Tensor:
 
     def __hash__(self) -> int:
         return hash((self.name, self.axes))
+
+
+def sources_of(cores: Iterable[Tensor]) -> tuple[str, ...]:
+    """The `sources` of what is made from some cores, each once."""
+    return tuple(dict.fromkeys(name for core in cores for name in core.sources))
 
 
 def same_array(a: Array | None, b: Array | None) -> bool:
@@ -345,18 +357,24 @@ class Program:
     """A traced model: inputs, nodes in order of execution, outputs, and the weights that opaque nodes read.
 
     `outputs` pairs each public name with the value it shows. `weights` are shared by reference with every
-    edit of the program and are never written to.
+    edit of the program and are never written to; `origins` has the names of those that a weight was made from, where
+    passes made it. They are no part of equality.
     """
 
     inputs: tuple[Value, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[tuple[str, str], ...]
     weights: Mapping[str, Array] = field(default_factory=dict)
+    origins: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def networks(self) -> tuple[Network, ...]:
         """The tensor-network nodes, every case of a switch among them."""
         return tuple(n for node in self.nodes for n in networks_of(node))
+
+    def sources(self, weight: str) -> tuple[str, ...]:
+        """Names of the weights of the model that a weight was made from: its own, where it is one."""
+        return self.origins.get(weight) or (weight,)
 
     @cached_property
     def values(self) -> dict[str, Value]:

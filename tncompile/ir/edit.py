@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from tncompile.ir import dims
-from tncompile.ir.core import Axis, Index, Network, Node, Program, Recipe, Switch, Tensor, Term, Window
+from tncompile.ir.core import Axis, Index, Network, Node, Program, Recipe, Switch, Tensor, Term, Window, sources_of
 from tncompile.ir.evaluate import merge
 from tncompile.ir.opaque import Opaque
 from tncompile.ir.tree import Tree, fold_tree, map_tree
@@ -312,7 +312,7 @@ def _merged(cores: Sequence[Tensor], order: Tree, held: Mapping[str, int], dtype
     recipe = None if shapes_only else Recipe(Term(tuple(cores), order), keep)
     if recipe is not None and recipe.elements >= data.size:
         recipe = None
-    return Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data, recipe)
+    return Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data, recipe, sources_of(cores))
 
 
 def merged_name(names: Sequence[str]) -> str:
@@ -343,7 +343,7 @@ def unique_cores(program: Program) -> Program:
         if t.data is not None and owner.setdefault(t.name, t.data) is not t.data:
             name = by_id.get(id(t.data)) or _numbered(t.name, owner)
             owner[name] = t.data
-            t = replace(t, name=name)
+            t = replace(t, name=name, origins=t.sources)
         if t.data is not None:
             by_id.setdefault(id(t.data), t.name)
         return t

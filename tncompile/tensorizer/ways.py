@@ -60,8 +60,11 @@ def _possible(made: Prepared, site: Site, bits: Sequence[str]) -> tuple[str, ...
     if made.data is None:
         bits = [b for b in bits if b != "int8-static"]
     part = site.parts[0]
-    if part.gathered:
-        known: Sequence[str] = _TABLE
+    known: Sequence[str]
+    if part.array.dtype != np.float32:
+        known = ()  # only float32 is rounded
+    elif part.gathered:
+        known = _TABLE
     else:
         known = _KERNEL if any(use.term.windows for use in part.uses) else BITS
     return tuple(b for b in BITS if b in bits and b in known) or ("fp32",)
@@ -86,6 +89,10 @@ def _options(
 
 
 def _bytes(site: Site, replacement: Replacement | None, bits: str) -> int:
+    """What the file holds: in ``fp32`` numbers of the weight's own dtype, which cores have too."""
+    if bits == "fp32":
+        numbers = site.size if replacement is None else replacement.parameters
+        return numbers * site.parts[0].array.itemsize
     if replacement is None:
         return sum(stored_bytes(part.matrix.shape, bits, 0 if part.gathered else 1) for part in site.parts)
     cores = replacement.factorized.cores

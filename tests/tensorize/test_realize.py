@@ -1,0 +1,207 @@
+"""Plans made real: every weight gets the bits that its plan wants, or it is said that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from tncompile.decomp import SVD, Ranks
+from tncompile.frontend.importer import import_exported
+from tncompile.frontend.trace import trace
+from tncompile.passes import join
+from tncompile.runtime.quantize import BITS, STORED
+from tncompile.runtime.session import Session
+from tncompile.tensorizer.realize import Realized, realize, replacements, substituted
+from tncompile.tensorizer.search import Option, Plan
+from tncompile.tensorizer.sites import Replacement, Site, composed, joint_sites, sites_of
+from tncompile.tensorizer.ways import _bytes, _possible
+
+
+class Attention(nn.Module):
+    """Four projections of one input, which are computed at once, and one of what comes of them."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.g = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.q(x)) * torch.relu(self.k(x)) + torch.sigmoid(self.v(x)) * torch.sin(self.g(x))
+
+
+class Chain(nn.Module):
+    """Two weights with nothing between them: one network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(96, 32, bias=False), nn.Linear(32, 128, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.second(self.first(x)))
+
+
+class Table(nn.Module):
+    """Rows of a table, and a layer after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.fc = nn.Embedding(200, 64), nn.Linear(64, 48)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.table(ids)))  # type: ignore[no-any-return]
+
+
+INPUTS: dict[type[nn.Module], Callable[[], torch.Tensor]] = {
+    Attention: lambda: torch.randn(3, 5, 64),
+    Chain: lambda: torch.randn(3, 96),
+    Table: lambda: torch.randint(0, 200, (3, 7)),
+}
+
+
+def traced(kind: type[nn.Module]) -> tuple[torch.export.ExportedProgram, dict[str, Site], list[Site]]:
+    """A model, its sites by name, and those that take the place of several."""
+    exported = trace(kind().eval(), (INPUTS[kind](),))
+    sites = sites_of(composed(import_exported(exported)))
+    return exported, {site.name: site for site in sites}, [*joint_sites(sites)]
+
+
+def option(site: Site, bits: str, rank: int | None = None) -> Option:
+    made = None if rank is None else Replacement(site, SVD.from_dense(site.matrix, ranks=Ranks(given=rank)))
+    return Option(site, made, bits, 0.0, 0.0, 0)
+
+
+def made(exported: torch.export.ExportedProgram, *options: Option, **given: Any) -> Realized:
+    plan = Plan(options)
+    return realize(substituted(exported, replacements(plan)), plan, (), {"batch": (1, 16)}, **given)
+
+
+def floats(data: bytes) -> int:
+    """Float32 numbers in the file's largest initializer of that type."""
+    initializers = onnx.ModelProto.FromString(data).graph.initializer
+    found = [int(np.prod(t.dims)) for t in initializers if t.data_type == onnx.TensorProto.FLOAT]
+    return max(found, default=0)
+
+
+def test_ways_are_ordered_from_the_most_exact_on() -> None:
+    assert [int(b.removeprefix("fp").removeprefix("int").split("-")[0]) for b in BITS] == [32, 16, 8, 8, 8, 4, 4]
+    assert BITS.index("int8-weights") < BITS.index("int8")  # activations are exact
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal networks are computed at once, whatever is predicted."""
+    monkeypatch.setattr(join, "gains", lambda *_: True)
+    monkeypatch.setattr(join, "ratio", lambda *_: 0.5)
+
+
+@pytest.mark.parametrize("bits", ["fp16", "int8-weights", "int8", "int4-weights", "int4"])
+def test_joined_weights_are_in_their_bits(joined: None, bits: str) -> None:
+    exported, sites, _ = traced(Attention)
+    found = made(exported, *(option(site, bits) for site in sites.values()))
+    (network,) = (n for n in found.compiled.program.networks if n.cores)
+    assert {*network.cores[0].sources} == {*sites}  # of which the name has two
+    assert found.written == dict.fromkeys(sites, bits)
+    assert found.notes == ()
+    assert floats(found.data) <= 64 * 64 // 8  # scales
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("bits", ["int8-weights", "int8"])
+def test_cores_of_joined_weights_are_in_their_bits(joined: None, bits: str, together: bool) -> None:
+    exported, sites, joint = traced(Attention)
+    options = [option(joint[0], bits, 24)] if together else [option(site, bits, 8) for site in sites.values()]
+    found = made(exported, *options)
+    assert any(len(core.sources) == 4 for network in found.compiled.program.networks for core in network.cores)
+    assert found.written == dict.fromkeys(sites, bits)
+    assert found.notes == ()
+    assert floats(found.data) <= 64 * 64 // 8
+
+
+def test_what_one_of_two_factors_cannot_be_in_neither_is(joined: None) -> None:
+    """ONNX Runtime has no four bits for a matmul of several matrices at once, which the second factors become."""
+    exported, sites, _ = traced(Attention)
+    found = made(exported, *(option(site, "int4", 8) for site in sites.values()), allowed=("fp32", "int8", "int4"))
+    assert found.written == dict.fromkeys(sites, "int8")
+    assert all("kept in int8, not int4" in note for note in found.notes)
+    assert len(found.notes) == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        ("int8", "int8-weights", "int8-weights"),
+        ("int4", "int8", "int8"),
+        ("int4", "int4-weights", "int4-weights"),
+        ("fp32", "int8", "fp32"),
+    ],
+)
+def test_of_two_weights_in_one_network_the_most_exact_bits(first: str, second: str, both: str) -> None:
+    exported, sites, _ = traced(Chain)
+    wanted = {"first.weight": first, "second.weight": second}
+    found = made(exported, *(option(sites[name], bits) for name, bits in wanted.items()))
+    assert len([n for n in found.compiled.program.networks if n.cores]) == 1
+    assert found.written == dict.fromkeys(wanted, both)
+    ((name, other),) = ((n, o) for n, o in (wanted.keys(), [*wanted][::-1]) if wanted[n] != both)
+    assert found.notes == (f"{name} is kept in {both}, not {wanted[name]}: {other} is in the same network",)
+
+
+def test_what_cannot_be_had_becomes_more_exact_within_what_is_allowed() -> None:
+    exported, sites, _ = traced(Table)
+    table = option(sites["table.weight"], "int8-static")  # which no table has
+    found = [made(exported, table, allowed=allowed) for allowed in (BITS, ("fp32", "int8-weights"), ("fp32", "int4"))]
+    assert [one.written["table.weight"] for one in found] == ["int8", "int8-weights", "fp32"]
+    assert all(len(one.notes) == 1 and "not int8-static" in one.notes[0] for one in found)
+    layer = option(sites["fc.weight"], "int8-static")  # without data for its ranges
+    assert made(exported, layer).written == {"fc.weight": "int8"}
+
+
+@pytest.mark.parametrize("rank", [None, 32])
+@pytest.mark.parametrize("bits", ["fp16", "int8-weights", "int8", "int4"])
+def test_a_table_is_in_its_bits(bits: str, rank: int | None) -> None:
+    exported, sites, _ = traced(Table)
+    found = made(exported, option(sites["table.weight"], bits, rank), option(sites["fc.weight"], "fp32"))
+    assert found.written == {"table.weight": bits, "fc.weight": "fp32"}
+    assert found.notes == ()
+    assert floats(found.data) == 64 * 48  # those of fc
+    ids = INPUTS[Table]()
+    (output,) = Session(found.data).run({"ids": ids.numpy()}).values()
+    (exact,) = Session(found.compiled.onnx).run({"ids": ids.numpy()}).values()
+    assert np.linalg.norm(output - exact) < (0.2 if bits == "int4" else 0.02) * np.linalg.norm(exact)
+
+
+def test_a_weight_that_nothing_reads_is_told() -> None:
+    exported, sites, _ = traced(Chain)
+    gone = traced(Table)[1]["fc.weight"]
+    found = made(
+        exported, option(sites["first.weight"], "int8"), option(sites["second.weight"], "int8"), option(gone, "int8")
+    )
+    assert found.written == {"first.weight": "int8", "second.weight": "int8", "fc.weight": "fp32"}
+    assert found.notes == (
+        "fc.weight is kept in fp32, not int8: no network of the file reads it as a weight of its own",
+    )
+
+
+def test_without_fewer_bits_all_is_float32() -> None:
+    exported, sites, _ = traced(Chain)
+    found = made(exported, option(sites["first.weight"], "fp32"))
+    assert (found.written, found.notes, found.data) == ({"first.weight": "fp32"}, (), found.compiled.onnx)
+
+
+def test_bytes_are_those_of_the_dtype() -> None:
+    exported = trace(Chain().double().eval(), (INPUTS[Chain]().double(),))
+    (site,) = (s for s in sites_of(composed(import_exported(exported))) if s.name == "first.weight")
+    assert _possible(site, BITS) == ("fp32",)  # only float32 is rounded
+    assert _bytes(site, None, "fp32") == 8 * 96 * 32
+    half = option(site, "fp32", 4).replacement
+    assert _bytes(site, half, "fp32") == 8 * 4 * (96 + 32)
+    single = traced(Chain)[1]["first.weight"]
+    assert {*STORED} < {*_possible(single, BITS)}
+    assert _bytes(single, None, "fp16") == 2 * 96 * 32
