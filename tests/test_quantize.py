@@ -89,7 +89,7 @@ def test_convolution(rank: int, data: st.DataObject) -> None:
     letters = [f"s{i}" for i in range(rank)]
     conv = node("Conv", "x W c", "y", "n", kernel_shape=[size] * rank)
     model = model_of([conv], {"W": weight, "c": bias}, ["b", channels, *sizes], ["b", filters, *letters])
-    least = {"fp32": 0, "fp16": 256, "int8-static": 256, "int8-weights": 512, "int4-weights": 2048}
+    least = {"fp32": 0, "fp16": 256, "int8-weights": 512, "int8-static": 256, "int4-weights": 2048}
     ways = tuple(bits for bits in least if weight.size >= least[bits])
     assert quantizable(model) == {"n": ways}
 
@@ -136,7 +136,7 @@ def test_convolutions_stay_in_eight_bits_between() -> None:
 def test_a_stack_of_matrices(bits: str) -> None:
     weight, x = numbers(3, 40, 24), numbers(3, 5, 40, seed=1)
     model = model_of([node("MatMul", "x W", "y", "n")], {"W": weight}, [3, "b", 40], [3, "b", 24])
-    assert quantizable(model) == {"n": ("fp32", "fp16", "int8", "int8-weights", "int4-weights")}
+    assert quantizable(model) == {"n": ("fp32", "fp16", "int8-weights", "int8", "int4-weights")}
     rounded = np.stack([simulated(matrix, bits) for matrix in weight]).astype(np.float64)
     found = run(quantize(model, {"n": bits}), x=x)
     bound = 1e-5 * (np.abs(x) @ np.abs(rounded)) + (bits == "int8") * 1.01 * step(x) * np.abs(rounded).sum(1)[:, None]
