@@ -10,7 +10,7 @@ import torch
 from tests.tensorize.small import imported, mlp, nn
 from tncompile.errors import TNCompileError
 from tncompile.frontend.importer import TracedModel
-from tncompile.tensorize import arrays
+from tncompile.tensorizer import arrays
 from tncompile.tensorizer.data import collect, load
 
 

@@ -12,7 +12,7 @@ from tests.tensorize.small import as_onnx, imported, mlp, nn
 from tncompile.decomp import SVD, Metric, Ranks
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
-from tncompile.tensorize import moments as module_of_moments
+from tncompile.tensorizer import moments as module_of_moments
 from tncompile.tensorizer.data import collect
 from tncompile.tensorizer.moments import Moments, crosses, moments
 from tncompile.tensorizer.runner import Runner

@@ -21,6 +21,8 @@ from tncompile.tensorizer import measure, prepare, run, ways
 from tncompile.tensorizer.run import DENSE, OURS
 from tncompile.tensorizer.tensorize import Tensorized
 
+FEW = ("fp32", "int8-weights", "int8")
+
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +78,7 @@ def test_low_rank_is_found_and_within_the_error() -> None:
 
 def test_what_cannot_be_made_smaller_is_left_and_said() -> None:
     module = Thin(rank=None).eval()
-    made = tncompile.tensorize(module, data(), max_error=1e-6, batch=(1, 16))
+    made = tncompile.tensorize(module, data(), max_error=1e-6, bits=("fp32", "int8"), batch=(1, 16))
     assert made.report.chosen == DENSE
     assert made.report.verdict.startswith("nothing is better than the dense float32 model")
     assert error_of(made, module, data(20)) < 1e-6
@@ -84,10 +86,10 @@ def test_what_cannot_be_made_smaller_is_left_and_said() -> None:
 
 def test_full_rank_weights_become_bits_alone() -> None:
     module = Thin(rank=None).eval()
-    made = tncompile.tensorize(module, data(), max_error=0.01, prefer="size", batch=(1, 16))
+    made = tncompile.tensorize(module, data(), max_error=0.01, prefer="size", bits=FEW, batch=(1, 16))
     assert error_of(made, module, data(50)) < 0.015
     assert all("r1=" not in w.kept for w in made.report.weights if w.name != "last.weight")
-    assert {way.name for way in made.report.ways} >= {DENSE, "fp16", "int8"}
+    assert {way.name for way in made.report.ways} >= {DENSE, "int8-weights", "int8"}
 
 
 def test_a_metric_bounds_the_drop() -> None:
@@ -99,7 +101,7 @@ def test_a_metric_bounds_the_drop() -> None:
     def accuracy(run: Callable[..., Any]) -> float:
         return float((run(inputs).argmax(1) == labels).float().mean())
 
-    made = tncompile.tensorize(module, data(), metric=accuracy, max_drop=0.05, batch=(1, 16))
+    made = tncompile.tensorize(module, data(), metric=accuracy, max_drop=0.05, bits=FEW, batch=(1, 16))
     chosen = next(way for way in made.report.ways if way.name == made.report.chosen)
     assert chosen.drop is not None and chosen.drop <= 0.05
     (logits,) = Session(made.onnx).run({"x": inputs.numpy()}).values()
@@ -108,13 +110,13 @@ def test_a_metric_bounds_the_drop() -> None:
 
 def test_a_size_gives_the_least_error() -> None:
     module = Thin().eval()
-    made = tncompile.tensorize(module, data(), max_size=0.25, batch=(1, 16))
+    made = tncompile.tensorize(module, data(), max_size=0.25, bits=FEW, batch=(1, 16))
     chosen = next(way for way in made.report.ways if way.name == made.report.chosen)
     dense = next(way for way in made.report.ways if way.name == DENSE)
     assert len(made.onnx) == chosen.size <= 0.25 * dense.size
     assert error_of(made, module, data(50)) < 0.02
     with pytest.raises(TNCompileError, match="nothing is within the budget"):
-        tncompile.tensorize(module, data(), max_size=300, batch=(1, 16))
+        tncompile.tensorize(module, data(), max_size=300, bits=("fp32",), batch=(1, 16))
 
 
 def test_without_data_errors_are_those_of_weights() -> None:
@@ -126,16 +128,16 @@ def test_without_data_errors_are_those_of_weights() -> None:
 
 def test_without_data_a_tight_error_is_kept_too() -> None:
     module = Thin(rank=None).eval()
-    made = tncompile.tensorize(module, example_inputs=(data(2),), max_error=1e-6, batch=(1, 16))
+    made = tncompile.tensorize(module, example_inputs=(data(2),), max_error=1e-6, bits=("fp32", "int4"), batch=(1, 16))
     assert made.report.chosen == DENSE
-    made = tncompile.tensorize(module, example_inputs=(data(2),), max_size=0.3, batch=(1, 16))
+    made = tncompile.tensorize(module, example_inputs=(data(2),), max_size=0.3, bits=FEW, batch=(1, 16))
     chosen = next(way for way in made.report.ways if way.name == made.report.chosen)
     fitting = [w for w in made.report.ways if w.size <= 0.3 * made.report.ways[0].size and w.error is not None]
     assert chosen.error == min(w.error or 0.0 for w in fitting)
 
 
 def test_what_won_is_what_is_saved(tmp_path: Path) -> None:
-    made = tncompile.tensorize(Thin().eval(), data(), max_error=0.02, batch=(1, 16))
+    made = tncompile.tensorize(Thin().eval(), data(), max_error=0.02, bits=FEW[1:], batch=(1, 16))
     assert {*made.bits} - {"fp32"}
     with pytest.raises(OutputError, match="a model to train is in float32"):
         made.save(tmp_path / "small.pt2")
@@ -207,13 +209,13 @@ def test_from_file_to_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     np.savez(tmp_path / "data.npz", x=data().numpy())
     command = [str(tmp_path / "model.pt2"), "-o", str(tmp_path / "small.onnx"), "--max-error", "0.02"]
     command += ["--calibrate", str(tmp_path / "data.npz"), "--batch", "1,16", "--report", str(tmp_path / "r.json")]
-    assert main(["tensorize", *command]) == 0
+    assert main(["tensorize", *command, "--bits", ",".join(FEW)]) == 0
     told = capsys.readouterr().out
     assert "tensorized" in told and "dense, fp32" in told and f"wrote {tmp_path / 'small.onnx'}" in told
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["chosen"] == OURS
     onnx.checker.check_model(str(tmp_path / "small.onnx"))
-    assert main([*command, "-q"]) == 0  # the same by the compile command
+    assert main([*command, "--bits", "fp32", "-q"]) == 0  # the same by the compile command
 
 
 def test_an_onnx_model_is_taken(tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_an_onnx_model_is_taken(tmp_path: Path) -> None:
     exported.save(tmp_path / "model.onnx")
     np.save(tmp_path / "data.npy", data().numpy())
     command = ["tensorize", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "small.onnx"), "--max-error", "0.02"]
-    assert main([*command, "--calibrate", str(tmp_path / "data.npy"), "--batch", "1,16", "-q"]) == 0
+    assert main([*command, "--calibrate", str(tmp_path / "data.npy"), "--batch", "1,16", "-q", "--bits", "fp32"]) == 0
     assert (tmp_path / "small.onnx").stat().st_size < 0.5 * (tmp_path / "model.onnx").stat().st_size
 
 

@@ -42,6 +42,8 @@ def fronts(
 
     Predicted times count in the mean of the batch sizes, each relative to the dense model's there.
     """
+    if made.data is None:  # whose activations have no known range
+        bits = [b for b in bits if b != "int8-static"]
     predictor = Predictor(made.program, made.context)
     weigh = _Weighing(made, predictor, dense_ms)
     clock = _Clock(made, predictor, time.perf_counter() + TIMING, threads)
@@ -50,15 +52,13 @@ def fronts(
     for sites, into in ((made.sites, alone), (made.joint, joint)):
         for number, site in enumerate(sites):
             progress(f"ways to keep {site.name} ({number + 1} of {len(sites)})")
-            found = _options(made, site, _possible(made, site, bits), predictor, weigh, clock)
+            found = _options(made, site, _possible(site, bits), predictor, weigh, clock)
             if found:
                 into.append(found)
     return Sites(tuple(alone), tuple(joint), weigh.rest, made.rest_size)
 
 
-def _possible(made: Prepared, site: Site, bits: Sequence[str]) -> tuple[str, ...]:
-    if made.data is None:
-        bits = [b for b in bits if b != "int8-static"]
+def _possible(site: Site, bits: Sequence[str]) -> tuple[str, ...]:
     part = site.parts[0]
     known: Sequence[str]
     if part.array.dtype != np.float32:
@@ -126,7 +126,7 @@ class _Clock:
     made: Prepared
     predictor: Predictor
     end: float
-    threads: int
+    threads: int = 0
 
     def ratios(self, site: Site, replacement: Replacement | None, bits: Sequence[str]) -> dict[str, tuple[float, ...]]:
         """For each of some bits the ratio to float32 at each batch size; inf where ONNX Runtime has no such way, and
