@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import pytest
 
 # Plans must not depend on what the user has measured; set here so that child processes have it too.
 os.environ["TNCOMPILE_PROFILE"] = "default"
+
+# A shell starts what it runs in the background deaf to Ctrl-C; tests and their child processes are to hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
