@@ -168,6 +168,13 @@ def test_healing_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest
     assert not [*tmp_path.iterdir()]
 
 
+def test_what_is_too_large_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LARGEST", 1000)
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("works"))
+    with pytest.raises(TNCompileError, match="cannot be tensorized yet"):
+        tncompile.tensorize(Thin().eval(), data(), max_error=0.1)
+
+
 def test_wrong_data_and_names_are_told() -> None:
     module = Thin().eval()
     with pytest.raises(TNCompileError, match="no calibration data"):

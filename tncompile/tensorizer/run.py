@@ -13,6 +13,7 @@ import torch
 from tncompile import __version__
 from tncompile.errors import CheckError, LoadError, TNCompileError, UnsupportedError
 from tncompile.frontend.model import LoadedModel
+from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.runtime.quantize import BITS
 from tncompile.runtime.session import Session
 from tncompile.tensorizer.budget import Budget
@@ -111,9 +112,9 @@ class Search:
 
     def run(self) -> Won:
         """All stages in order."""
-        made = prepare(self.loaded, self.calibration, self.formats, self.compiling, self.progress)
-        if sum(array.nbytes for array in made.program.arrays.values()) > LARGEST:
+        if _size(self.loaded) > LARGEST:
             raise UnsupportedError(f"models of over {LARGEST / 1e9:g} GB cannot be tensorized yet")
+        made = prepare(self.loaded, self.calibration, self.formats, self.compiling, self.progress)
         self.notes += made.notes
         self._took("prepare")
         dense = realize(self.loaded, Plan(()), (), self.compiling)
@@ -377,3 +378,10 @@ class Search:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
         self.last = now
+
+
+def _size(model: LoadedModel) -> int:
+    """Bytes of a model's weights."""
+    if isinstance(model, OnnxModel):
+        return sum(array.nbytes for array in model.program.arrays.values())
+    return sum(tensor.nbytes for tensor in model.state_dict.values())
