@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks import report
 from benchmarks.command import ROOT, case_names, check_document, environment, read, run_command, write
 from benchmarks.models import CASES
-from tncompile.commands.bench import WAYS, ways
-from tncompile.commands.options import sizes
+from tncompile.commands.bench import WAYS
+from tncompile.commands.options import names, sizes
 from tncompile.runtime.device import DEVICES, providers
 from tncompile.runtime.files import write_file
 from tncompile.runtime.timing import wait_politely
@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--only", type=case_names, default=tuple(CASES), metavar="NAME,...", help="default: every case")
     result.add_argument("--batch", type=sizes, metavar="N,N,...", help="default: 1,16,256, of large models 1,8,32")
-    result.add_argument("--against", type=ways, default=WAYS, metavar="WAY,...", help=f"default: {','.join(WAYS)}")
+    result.add_argument(
+        "--against", type=names(WAYS, "way "), default=WAYS, metavar="WAY,...", help=f"default: {','.join(WAYS)}"
+    )
     result.add_argument("--device", choices=DEVICES, default="cpu", help="where to run (default cpu)")
     result.add_argument("--threads", type=int, metavar="N", help="threads of every way (default: torch's)")
     result.add_argument("--out", type=Path, default=ROOT / "build" / "cases", metavar="DIR", help="default build/cases")

@@ -76,7 +76,7 @@ class Tuner:
         return found
 
     def _race(self, networks: Sequence[Network], symbols: Mapping[str, int], shown: bool, budget: float) -> list[float]:
-        feeds = _feeds(networks[0], symbols)
+        feeds = feeds_of(networks[0], symbols)
         entrants = {}
         for number, network in enumerate(networks):
             try:
@@ -100,7 +100,7 @@ class Tuner:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _feeds(network: Network, symbols: Mapping[str, int]) -> dict[str, Array]:
+def feeds_of(network: Network, symbols: Mapping[str, int]) -> dict[str, Array]:
     """Normal numbers for the operands; a symbol nobody knows counts as the batch."""
     generator = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ from tncompile.tensorizer.data import collect
 from tncompile.tensorizer.evaluation import Evaluation
 from tncompile.tensorizer.moments import moments
 from tncompile.tensorizer.runner import Runner
-from tncompile.tensorizer.sensitivity import local_error, noise, sensitivities
+from tncompile.tensorizer.sensitivity import noise, sensitivities, site_error
 from tncompile.tensorizer.sites import joint_sites, separate, sites_of
 
 
@@ -87,7 +87,7 @@ def test_given_perturbations_and_no_moments() -> None:
     model = imported(module, x[:4])
     sites, runner, data = sites_of(separate(model)), Runner(model), collect(x, model)
     changed = {"2.weight": module[2].weight.detach().numpy() * np.float32(1.1)}
-    assert local_error(sites[1], changed, {}) == pytest.approx(0.1, rel=1e-4)
+    assert site_error(sites[1], changed, {}) == pytest.approx(0.1, rel=1e-4)
     found = sensitivities(sites, Evaluation(runner, data), {}, {"2.weight": [changed]})
     ((local, output),) = found.sites["2.weight"].points
     assert local == pytest.approx(0.1, rel=1e-4)

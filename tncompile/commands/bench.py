@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tncompile.commands.options import MODEL_HELP, loading, loading_options, sizes
+from tncompile.commands.options import MODEL_HELP, count, loading, loading_options, names, sizes
 from tncompile.runtime.files import check_not_the_model, check_writable, write_file
 
 if TYPE_CHECKING:
@@ -44,32 +44,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     loading_options(result)
     result.add_argument("--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes (default 1,32)")
-    result.add_argument("--against", type=ways, default=WAYS, metavar="WAY,...", help="default: all of the above")
+    result.add_argument(
+        "--against", type=names(WAYS, "way "), default=WAYS, metavar="WAY,...", help="default: all of the above"
+    )
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default cpu)")
-    result.add_argument("--threads", type=_positive, metavar="N", help="threads of every way (default: torch's)")
+    result.add_argument("--threads", type=count, metavar="N", help="threads of every way (default: torch's)")
     result.add_argument("--seconds", type=float, default=5.0, metavar="S", help="to time a batch size for (default 5)")
     result.add_argument("--limit", type=float, default=60.0, metavar="S", help="for a first call (default 60)")
     result.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     return result
-
-
-def ways(text: str) -> tuple[str, ...]:
-    """``"eager,dense"`` -> their names; refuses others, as `argparse` wants it."""
-    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [way for way in chosen if way not in WAYS]
-    if unknown or not chosen:
-        raise argparse.ArgumentTypeError(f"no way {', '.join(unknown) or repr(text)}; choose from {', '.join(WAYS)}")
-    return chosen
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-_positive.__name__ = "positive number"
 
 
 def run(options: argparse.Namespace) -> int:

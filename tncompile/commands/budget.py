@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
 
-from tncompile.commands.options import seconds
+from tncompile.commands.options import count, memory, names, positive, seconds
 from tncompile.tensorizer.budget import FORMATS, Budget
 
 BITS = ("fp32", "fp16", "int8-weights", "int8", "int8-static", "int4-weights", "int4")
 """Those of `tncompile.runtime.quantize`, which takes too long to import for ``--help``."""
-
-_UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "%": 1e-2}
 
 
 def budget_options(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +18,7 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-error",
-        type=_positive,
+        type=positive,
         metavar="E",
         help="relative error of the outputs on the calibration data, like 0.01",
     )
@@ -33,14 +30,14 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-drop",
-        type=_positive,
+        type=positive,
         metavar="D",
         help="how far the metric may fall, in its own units (default 0.01: a point of an accuracy)",
     )
     group.add_argument(
         "--max-size", type=size, metavar="SIZE", help="of the file: 5MB, or 25%% of the dense float32 file"
     )
-    group.add_argument("--min-speedup", type=_positive, metavar="X", help="over the dense float32 file in ONNX Runtime")
+    group.add_argument("--min-speedup", type=positive, metavar="X", help="over the dense float32 file in ONNX Runtime")
     group.add_argument(
         "--calibrate",
         metavar="DATA",
@@ -52,10 +49,10 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
         choices=("both", "speed", "size"),
         help="what to minimize within the budget (default both: time times size)",
     )
-    group.add_argument("--formats", type=_names(FORMATS), metavar="NAME,...", help=f"among {', '.join(FORMATS)}")
-    group.add_argument("--bits", type=_names(BITS), metavar="NAME,...", help=f"among {', '.join(BITS)}")
+    group.add_argument("--formats", type=names(FORMATS), metavar="NAME,...", help=f"among {', '.join(FORMATS)}")
+    group.add_argument("--bits", type=names(BITS), metavar="NAME,...", help=f"among {', '.join(BITS)}")
     group.add_argument(
-        "--threads", type=_count, metavar="N", help="threads that it will run in, and is measured with (one a core)"
+        "--threads", type=count, metavar="N", help="threads that it will run in, and is measured with (one a core)"
     )
     group.add_argument(
         "--heal",
@@ -64,7 +61,7 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
         help="train the cores to give what the dense layers gave on the calibration data, part by part, for so long",
     )
     group.add_argument(
-        "--end-to-end", action="store_true", help="in the second half of that time, train all of them together"
+        "--end-to-end", action="store_true", help="in what is left of that time, train all of them together"
     )
     group.add_argument(
         "--checkpoint", metavar="FILE", help="where healing is kept; the same command resumes from there"
@@ -94,45 +91,13 @@ def budget_of(options: argparse.Namespace) -> Budget:
 
 def size(text: str) -> float:
     """``"5MB"`` -> 5e6 bytes; ``"25%"`` -> 0.25, a share. ValueError for anything else."""
-    stripped = text.strip()
-    number = stripped.rstrip("%BKMGbkmg").strip()
-    unit = stripped[len(number) :].strip().upper()
-    value = float(number) * _UNITS[unit] if unit in _UNITS else 0.0
-    if not 0 < value < float("inf") or (unit == "%" and value >= 1) or (unit != "%" and value < 1):
+    number, percent, rest = text.strip().partition("%")
+    if not percent:
+        return memory(text)
+    share = float(number) / 100
+    if rest or not 0 < share < 1:
         raise ValueError(text)
-    return value
+    return share
 
 
 size.__name__ = "size"
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-_count.__name__ = "positive whole number"
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise ValueError(text)
-    return number
-
-
-_positive.__name__ = "positive number"
-
-
-def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    def chosen(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            wrong = ", ".join(unknown) or repr(text)
-            raise argparse.ArgumentTypeError(f"no {wrong}; choose from {', '.join(known)}")
-        return names
-
-    return chosen

@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 import sys
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from tncompile.errors import LoadError, TNCompileError
@@ -31,15 +32,48 @@ def sizes(text: str) -> tuple[int, ...]:
 sizes.__name__ = "list of sizes"  # what argparse calls a wrong one
 
 
-def seconds(text: str) -> float:
+def positive(text: str) -> float:
     """A positive number. ValueError for anything else."""
-    seconds = float(text)
-    if not 0 < seconds < math.inf:
+    number = float(text)
+    if not 0 < number < math.inf:
         raise ValueError(text)
-    return seconds
+    return number
+
+
+positive.__name__ = "positive number"
+
+
+def seconds(text: str) -> float:
+    """As `positive`."""
+    return positive(text)
 
 
 seconds.__name__ = "number of seconds"
+
+
+def count(text: str) -> int:
+    """A positive whole number. ValueError for anything else."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+count.__name__ = "positive whole number"
+
+
+def names(known: Iterable[str], kind: str = "") -> Callable[[str], tuple[str, ...]]:
+    """Reads ``"a,b"`` as some of the known names, each once; refuses others, as `argparse` wants it."""
+
+    def chosen(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+        unknown = [name for name in found if name not in known]
+        if unknown or not found:
+            wrong = ", ".join(unknown) or repr(text)
+            raise argparse.ArgumentTypeError(f"no {kind}{wrong}; choose from {', '.join(known)}")
+        return found
+
+    return chosen
 
 
 def memory(text: str) -> int:

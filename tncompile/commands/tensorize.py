@@ -22,7 +22,7 @@ from tncompile.commands.options import (
 from tncompile.commands.paths import check_paths
 from tncompile.errors import OutputError, TNCompileError
 from tncompile.runtime.files import check_not_the_model, check_writable, write_file
-from tncompile.tensorizer.budget import FORMATS, kind_of
+from tncompile.tensorizer.budget import FORMATS, Budget, kind_of
 
 HELP = """\
 Replace dense weights by tensor formats of lower rank and fewer bits, whatever mix of them is best on this machine
@@ -56,12 +56,12 @@ def run(options: argparse.Namespace) -> int:
     """Search, measure, write and say what was done."""
     if not has_budget(options):
         parser().error("name a budget: --max-error, --metric with --max-drop, --max-size or --min-speedup")
-    budget_of(options)  # a wrong one is told before any work
+    budget = budget_of(options)  # a wrong one is told before any work
     passes(options)
-    return tensorized(options, {})
+    return tensorized(options, budget, {})
 
 
-def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
+def tensorized(options: argparse.Namespace, budget: Budget, compiling: dict[str, Any]) -> int:
     """As `run`; `compiling` are further options of `compile_exported`."""
     model, output = Path(options.model), Path(options.output)
     report = None if options.report is None else Path(options.report)
@@ -84,7 +84,7 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
         made = tensorize_file(
             model,
             options.calibrate,
-            budget_of(options),
+            budget,
             loading(options),
             formats=options.formats or tuple(FORMATS),
             bits=("fp32",) if kind == "pt" else options.bits or BITS,
@@ -99,10 +99,10 @@ def tensorized(options: argparse.Namespace, compiling: dict[str, Any]) -> int:
             **compiling,
         )
         made.save(output)
-        made.discard()
         if report is not None:
             text = json.dumps({**made.report.to_dict(), "output": str(output)}, indent=1, ensure_ascii=False)
             write_file(report, (text + "\n").encode())
+        made.discard()
     if not options.quiet:
         out = console(sys.stdout)
         for part in made.report.render():
@@ -142,6 +142,6 @@ def from_compile(options: argparse.Namespace) -> int:
             raise TNCompileError(f"{name} does not go with a budget: the search measures and decides that by itself")
     if options.device != "cpu":
         raise TNCompileError("tensorizing is for the CPU yet: leave --device out")
-    budget_of(options)
+    budget = budget_of(options)
     examples = [load_example(path) for path in options.example]
-    return tensorized(options, {"examples": examples})
+    return tensorized(options, budget, {"examples": examples})

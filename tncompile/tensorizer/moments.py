@@ -106,6 +106,14 @@ class Moments:
         return replace(self, factors=(factor - shift,))
 
 
+def local_error(exact: Array, other: Array, moments: Moments | None) -> float:
+    """``|x (W - V)| / |x W|`` over inputs of some moments; of the weights where there are none."""
+    if moments is not None:
+        return moments.error(exact, other)
+    norm = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(exact - other)) / norm if norm else 0.0
+
+
 def _aligned(factors: Sequence[Array], modes: Sequence[int]) -> list[tuple[Array, tuple[int, ...]]]:
     """Factors, joined where a mode is of several, each with its modes."""
     found: list[tuple[Array, tuple[int, ...]]] = []

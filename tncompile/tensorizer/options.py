@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from tncompile.ir import Array
 from tncompile.runtime.quantize import simulated
-from tncompile.tensorizer.moments import Moments
+from tncompile.tensorizer.moments import Moments, local_error
 from tncompile.tensorizer.search import Option, front
 from tncompile.tensorizer.sites import Replacement, Site
 
@@ -30,32 +31,42 @@ class Statistics:
     step: float | None = None
 
 
-def local_error(exact: Array, found: Array, moments: Moments | None) -> float:
-    """``|x (W - V)| / |x W|`` over inputs of some moments; of the weights where there are none."""
-    if moments is not None:
-        return moments.error(exact, found)
-    norm = float(np.linalg.norm(exact))
-    return float(np.linalg.norm(found - exact)) / norm if norm else 0.0
+class Rounding:
+    """The relative errors of a site's output that rounding makes, beside that of the format."""
 
+    def __init__(self, site: Site, replacement: Replacement | None, statistics: Statistics) -> None:
+        self.site, self.replacement, self.statistics = site, replacement, statistics
+        self._weights: dict[str, float] = {}
 
-def rounding_error(site: Site, replacement: Replacement | None, bits: str, statistics: Statistics) -> float:
-    """The relative error of a site's output that rounding makes, beside that of the format.
+    def error(self, bits: str) -> float:
+        """That of some bits.
 
-    Weights are rounded as they will be. Activations of eight bits are off by up to half a step, evenly, so that each
-    input of a dot product adds ``step^2 / 12`` times its weight squared; every core has such inputs.
-    """
-    if bits == "fp32":
-        return 0.0
-    exact = _dense(site, replacement)
-    weights = local_error(exact, _rounded(site, replacement, bits), statistics.moments)
-    if bits not in ROUNDED_ACTIVATIONS:
-        return weights
-    cores = 1 if replacement is None else len(replacement.factorized.cores)
-    if statistics.moments is None or statistics.step is None:
-        return math.hypot(weights, math.sqrt(cores) * UNKNOWN_ACTIVATIONS)
-    norm = statistics.moments.norm(exact)
-    noise = statistics.step * float(np.linalg.norm(exact)) / math.sqrt(12)
-    return math.hypot(weights, math.sqrt(cores) * noise / norm if norm else 0.0)
+        Weights are rounded as they will be. Activations of eight bits are off by up to half a step, evenly, so that
+        each input of a dot product adds ``step^2 / 12`` times its weight squared; every core has such inputs.
+        """
+        if bits == "fp32":
+            return 0.0
+        weights = self._of_weights(bits)
+        if bits not in ROUNDED_ACTIVATIONS:
+            return weights
+        cores = 1 if self.replacement is None else len(self.replacement.factorized.cores)
+        moments, step = self.statistics.moments, self.statistics.step
+        if moments is None or step is None:
+            return math.hypot(weights, math.sqrt(cores) * UNKNOWN_ACTIVATIONS)
+        norm = moments.norm(self._exact)
+        noise = step * float(np.linalg.norm(self._exact)) / math.sqrt(12)
+        return math.hypot(weights, math.sqrt(cores) * noise / norm if norm else 0.0)
+
+    @cached_property
+    def _exact(self) -> Array:
+        return _dense(self.site, self.replacement)
+
+    def _of_weights(self, bits: str) -> float:
+        number = bits.partition("-")[0]  # whether activations are rounded too makes no difference to weights
+        if number not in self._weights:
+            other = _rounded(self.site, self.replacement, bits)
+            self._weights[number] = local_error(self._exact, other, self.statistics.moments)
+        return self._weights[number]
 
 
 def _dense(site: Site, replacement: Replacement | None) -> Array:
@@ -102,7 +113,8 @@ def options(site: Site, ways: Iterable[Way], sensitivity: float, statistics: Sta
     site's."""
     found = []
     for way in ways:
+        rounding = Rounding(site, way.replacement, statistics)
         for bits, seconds in way.seconds.items():
-            local = math.hypot(way.error, rounding_error(site, way.replacement, bits, statistics))
+            local = math.hypot(way.error, rounding.error(bits))
             found.append(Option(site, way.replacement, bits, sensitivity * local, seconds, way.sizes[bits]))
     return front(found)

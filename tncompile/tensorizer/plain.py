@@ -15,7 +15,7 @@ from tncompile.runtime import rivals
 from tncompile.runtime.probe import Limits, probe
 from tncompile.runtime.quantize import whole
 from tncompile.runtime.settle import write_rival
-from tncompile.tensorizer.options import Statistics, rounding_error
+from tncompile.tensorizer.options import Rounding, Statistics
 from tncompile.tensorizer.prepare import Prepared
 
 EXPORT = 120.0
@@ -69,5 +69,5 @@ def _exported(traced: ImportedModel, made: Prepared) -> bytes:
 
 def weight_error(made: Prepared, bits: str) -> float:
     """The relative error of all weights in some bits, where there is nothing to measure errors on."""
-    local = (made.sensitivity[s.name] * rounding_error(s, None, bits, Statistics()) for s in made.sites)
+    local = (made.sensitivity[s.name] * Rounding(s, None, Statistics()).error(bits) for s in made.sites)
     return math.sqrt(math.fsum(error**2 for error in local))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tncompile.compiler import DEFAULT_BATCH, planning_context
+from tncompile.compiler import DEFAULT_BATCH, Progress, planning_context
 from tncompile.cost.devices import choose as choose_profile
 from tncompile.cost.profile import DeviceProfile
 from tncompile.errors import TNCompileError
@@ -34,8 +34,6 @@ from tncompile.tensorizer.runner import Runner
 from tncompile.tensorizer.sensitivity import sensitivities
 from tncompile.tensorizer.sites import MIN_SIZE, Site, composed, joint_sites, separate, sites_of
 
-Progress = Callable[[str], None]
-
 SENSITIVITY, SAMPLES = 90.0, 128
 """Seconds for measuring how much each weight matters, and samples to do that on."""
 
@@ -55,6 +53,7 @@ class Prepared:
     program: Program
     sites: tuple[Site, ...]
     joint: tuple[Site, ...]
+    predictor: Predictor = field(repr=False)
     runner: Runner
     data: Calibration | None
     held: Calibration | None
@@ -137,7 +136,21 @@ def prepare(
     }
     feeds = _feeds(traced, context, whole)
     return Prepared(
-        traced, context, program, sites, joint, runner, data, held, ways, statistics, found, additivity, feeds, notes
+        traced=traced,
+        context=context,
+        program=program,
+        sites=sites,
+        joint=joint,
+        predictor=predictor,
+        runner=runner,
+        data=data,
+        held=held,
+        candidates=ways,
+        statistics=statistics,
+        sensitivity=found,
+        additivity=additivity,
+        feeds=feeds,
+        notes=notes,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from tncompile import __version__
+from tncompile.compiler import Progress
 from tncompile.errors import CheckError, LoadError, TNCompileError, UnsupportedError
 from tncompile.frontend.model import LoadedModel
 from tncompile.frontend.onnx.importer import OnnxModel
@@ -51,8 +52,6 @@ REFIT = 120.0
 
 LARGEST = 1_500_000_000
 """Bytes of weights above which a file is in two parts, which quantization does not take."""
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,8 @@ class Search:
             if name not in self.known:
                 self.progress(f"evaluating {name}")
                 bits = "fp32" if name == DENSE else name.partition(",")[0]
-                self.known[name] = self._judged(judge, session, weight_error(made, bits))
+                weights = weight_error(made, bits) if made.held is None else 0.0  # not looked at beside measured ones
+                self.known[name] = self._judged(judge, session, weights)
             like = self.known[name]
             found[name] = Measured(name, len(files[name]), ms[name], like.error, like.metric, like.drop)
         return found

@@ -16,7 +16,7 @@ import numpy as np
 
 from tncompile.ir import Array
 from tncompile.tensorizer.evaluation import Evaluation
-from tncompile.tensorizer.moments import Moments
+from tncompile.tensorizer.moments import Moments, local_error
 from tncompile.tensorizer.sites import Site
 
 STRENGTHS = (0.05, 0.2)
@@ -53,16 +53,12 @@ class Sensitivities:
         return self.additivity * math.sqrt(sum((self.sites[name].factor * e) ** 2 for name, e in local.items()))
 
 
-def local_error(site: Site, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> float:
+def site_error(site: Site, weights: Mapping[str, Array], moments: Mapping[str, Moments]) -> float:
     """The relative error in the outputs of a site with other weights; in its matrix, where the moments of its input
     are not known."""
     parts = [(part.matrix, np.asarray(part_matrix(site, weights, k))) for k, part in enumerate(site.parts)]
     exact, other = (np.concatenate(side, axis=1).astype(np.float64) for side in zip(*parts, strict=True))
-    known = moments.get(site.parts[0].name)
-    if known is not None:
-        return known.error(exact, other)
-    norm = float(np.linalg.norm(exact))
-    return float(np.linalg.norm(exact - other)) / norm if norm else 0.0
+    return local_error(exact, other, moments.get(site.parts[0].name))
 
 
 def part_matrix(site: Site, weights: Mapping[str, Array], k: int) -> Array:
@@ -77,7 +73,7 @@ def noise(site: Site, moments: Mapping[str, Moments], strength: float, seed: int
     """The weights of a site with white noise that makes a local error of `strength`."""
     generator = np.random.default_rng(seed)
     drawn = {part.name: part.array + generator.standard_normal(part.array.shape) for part in site.parts}
-    scale = strength / max(local_error(site, drawn, moments), 1e-30)
+    scale = strength / max(site_error(site, drawn, moments), 1e-30)
     return {
         part.name: (part.array + scale * (drawn[part.name] - part.array)).astype(part.array.dtype)
         for part in site.parts
@@ -106,7 +102,7 @@ def sensitivities(
         if seconds is not None and measured and clock() - start > seconds:
             break
         given = (perturbations or {}).get(site.name) or [noise(site, moments, strength) for strength in STRENGTHS]
-        points = [(local_error(site, one, moments), evaluation.of_weights(one)) for one in given]
+        points = [(site_error(site, one, moments), evaluation.of_weights(one)) for one in given]
         measured[site.name] = Sensitivity(_factor(points), tuple(points))
         if not any(name in tried for name in given[0]):  # a site of several weights may stand beside those alone
             tried |= given[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tncompile.compiler import naming
+from tncompile.compiler import Progress, naming
 from tncompile.errors import OutputError, TNCompileError, UnsupportedError
 from tncompile.frontend.load import LoadOptions, load
 from tncompile.frontend.model import LoadedModel
@@ -19,7 +19,7 @@ from tncompile.frontend.trace import trace
 from tncompile.runtime.files import check_writable, write_file
 from tncompile.runtime.quantize import BITS
 from tncompile.tensorizer.budget import FORMATS, Budget, kind_of
-from tncompile.tensorizer.run import NO_HEALING, Healing, Progress, Search, Won
+from tncompile.tensorizer.run import NO_HEALING, Healing, Search, Won
 from tncompile.training import to_torch
 
 

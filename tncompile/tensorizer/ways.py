@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tncompile.errors import TNCompileError
-from tncompile.ir import Array, dims
 from tncompile.runtime.quantize import BITS, STORED, stored_bytes
 from tncompile.runtime.quantized_time import seconds as timed
-from tncompile.runtime.tuner import model_of
+from tncompile.runtime.tuner import feeds_of, model_of
 from tncompile.tensorizer.candidates import Candidate
-from tncompile.tensorizer.cost import Predictor
 from tncompile.tensorizer.options import Way, options
 from tncompile.tensorizer.prepare import Prepared
 from tncompile.tensorizer.search import Option, Sites
@@ -44,15 +42,14 @@ def fronts(
     """
     if made.data is None:  # whose activations have no known range
         bits = [b for b in bits if b != "int8-static"]
-    predictor = Predictor(made.program, made.context)
-    weigh = _Weighing(made, predictor, dense_ms)
-    clock = _Clock(made, predictor, time.perf_counter() + TIMING, threads)
+    weigh = _Weighing(made, dense_ms)
+    clock = _Clock(made, time.perf_counter() + TIMING, threads)
     alone: list[tuple[Option, ...]] = []
     joint: list[tuple[Option, ...]] = []
     for sites, into in ((made.sites, alone), (made.joint, joint)):
         for number, site in enumerate(sites):
             progress(f"ways to keep {site.name} ({number + 1} of {len(sites)})")
-            found = _options(made, site, _possible(site, bits), predictor, weigh, clock)
+            found = _options(made, site, _possible(site, bits), weigh, clock)
             if found:
                 into.append(found)
     return Sites(tuple(alone), tuple(joint), weigh.rest, made.rest_size)
@@ -70,16 +67,14 @@ def _possible(site: Site, bits: Sequence[str]) -> tuple[str, ...]:
     return tuple(b for b in BITS if b in bits and b in known) or ("fp32",)
 
 
-def _options(
-    made: Prepared, site: Site, bits: Sequence[str], predictor: Predictor, weigh: _Weighing, clock: _Clock
-) -> tuple[Option, ...]:
+def _options(made: Prepared, site: Site, bits: Sequence[str], weigh: _Weighing, clock: _Clock) -> tuple[Option, ...]:
     found: list[Candidate | None] = [*made.candidates[site.name]]
     if len(site.parts) == 1:
         found.append(None)  # of several weights together, dense is what each is alone
     ways = []
     for candidate in found:
         replacement = None if candidate is None else candidate.replacement
-        predicted = predictor.seconds(site, replacement)
+        predicted = made.predictor.seconds(site, replacement)
         ratios = clock.ratios(site, replacement, bits)
         seconds = {b: weigh(tuple(t * r for t, r in zip(predicted, ratios[b], strict=True))) for b in bits}
         sizes = {b: _bytes(site, replacement, b) for b in bits}
@@ -106,9 +101,9 @@ class _Weighing:
     are scaled. `rest` is what the dense file takes beside these networks.
     """
 
-    def __init__(self, made: Prepared, predictor: Predictor, dense_ms: Mapping[int, float]) -> None:
+    def __init__(self, made: Prepared, dense_ms: Mapping[int, float]) -> None:
         batches = made.context.batches
-        predicted = np.sum([predictor.seconds(site) for site in made.sites], axis=0)
+        predicted = np.sum([made.predictor.seconds(site) for site in made.sites], axis=0)
         measured = np.array([dense_ms.get(b, next(iter(dense_ms.values()))) / 1e3 for b in batches])
         self._scale = np.minimum(1.0, 0.95 * measured / np.maximum(predicted, 1e-12))
         mean = float(np.exp(np.mean(np.log(measured))))
@@ -124,7 +119,6 @@ class _Clock:
     """How many times as long networks take in other bits, by measurement, while there is time for it."""
 
     made: Prepared
-    predictor: Predictor
     end: float
     threads: int = 0
 
@@ -146,19 +140,13 @@ class _Clock:
     def _measured(
         self, site: Site, replacement: Replacement | None, bits: Sequence[str], batch: int
     ) -> dict[str, float]:
-        networks = self.predictor.planned(site, replacement, batch)
+        networks = self.made.predictor.planned(site, replacement, batch)
         symbols = self.made.context.symbols(batch)
-        generator = np.random.default_rng(0)
         before, after = 0.0, dict.fromkeys(bits, 0.0)
         for network in networks:
-            feeds: dict[str, Array] = {}
-            for operand in network.operands:
-                shape = [dims.evaluate(d, symbols) for d in operand.shape]
-                feeds[operand.name] = np.asarray(generator.standard_normal(shape), network.dtype)
+            model, feeds = model_of(network), feeds_of(network, symbols)
             try:
-                times = timed(
-                    model_of(network), ("fp32", *bits), feeds, budget_s=EACH * (1 + len(bits)), threads=self.threads
-                )
+                times = timed(model, ("fp32", *bits), feeds, budget_s=EACH * (1 + len(bits)), threads=self.threads)
             except TNCompileError:
                 return dict.fromkeys(bits, math.inf)
             before += times["fp32"]
