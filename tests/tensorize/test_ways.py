@@ -17,7 +17,6 @@ from tncompile.frontend.trace import trace
 from tncompile.runtime.quantize import BITS, STORED, stored_bytes
 from tncompile.tensorizer import ways
 from tncompile.tensorizer.budget import FORMATS
-from tncompile.tensorizer.cost import Predictor
 from tncompile.tensorizer.prepare import Prepared, prepare
 from tncompile.tensorizer.search import Option, Sites
 
@@ -135,7 +134,7 @@ def test_ratios_are_measured_at_each_batch_size(made: Prepared, monkeypatch: pyt
 
     monkeypatch.setattr(ways, "timed", answer)
     sites = {site.name: site for site in made.sites}
-    clock = ways._Clock(made, Predictor(made.program, made.context), math.inf)
+    clock = ways._Clock(made, math.inf)
     found = clock.ratios(sites["head.weight"], None, ("fp32", "fp16", "int8", "int8-weights"))
     assert found["fp32"] == found["fp16"] == found["int8-weights"] == (1.0, 1.0)  # they differ in the file alone
     assert found["int8"] == (0.25, 0.5)
@@ -151,7 +150,7 @@ def test_once_time_is_up_ratios_are_those_of_the_dense_layer(made: Prepared, mon
 
     monkeypatch.setattr(ways, "timed", answer)
     site = next(site for site in made.sites if site.name == "head.weight")
-    clock = ways._Clock(made, Predictor(made.program, made.context), -math.inf)
+    clock = ways._Clock(made, -math.inf)
     dense = clock.ratios(site, None, ("int8",))
     models = [*asked]
     assert clock.ratios(site, made.candidates[site.name][0].replacement, ("int8",)) == dense == {"int8": (0.5, 0.5)}
@@ -160,10 +159,9 @@ def test_once_time_is_up_ratios_are_those_of_the_dense_layer(made: Prepared, mon
 
 @pytest.mark.parametrize(("slower", "fits"), [(4.0, True), (0.5, False)])
 def test_the_dense_model_weighs_what_it_was_measured_to_take(made: Prepared, slower: float, fits: bool) -> None:
-    predictor = Predictor(made.program, made.context)
-    predicted = np.sum([predictor.seconds(site) for site in made.sites], axis=0)
+    predicted = np.sum([made.predictor.seconds(site) for site in made.sites], axis=0)
     ms = dict(zip(BATCHES, 1e3 * slower * predicted, strict=True))
-    weigh = ways._Weighing(made, predictor, ms)
+    weigh = ways._Weighing(made, ms)
     mean = math.sqrt(ms[BATCHES[0]] * ms[BATCHES[1]]) / 1e3
     assert weigh(predicted) + weigh.rest == pytest.approx(mean, rel=1e-9)
     share = 1 / slower if fits else 0.95  # predictions beyond what was measured are scaled
