@@ -1,11 +1,12 @@
 """How far the planner's plans are from the best ones: every tree, merge and layout of small networks, all timed.
 
-    python -m benchmarks.oracle [--only TEXT] [--batch 1,32,256] [--tune SECONDS] [--out FILE]
+    python -m benchmarks.oracle [--only TEXT] [--batch 1,32,256] [--tune SECONDS] [--threads N] [--out FILE]
 
 For every layer of `benchmarks.zoo` and every batch size, all ways to contract it are written as ONNX: each order in
 which the operand may meet groups of merged cores, each with its cheapest layouts. All are timed once, the best of
-them, the planner's own plan and the tuner's in turns. *Regret* is how much longer a plan takes than the best of all;
-the rank correlation (Spearman's) is between predicted and measured times.
+them, the planner's own plan and the tuner's in turns, each in several sessions, as two of one file differ by up to a
+fifth. *Regret* is how much longer a plan takes than the best of all; *noise* is how much more one half of the sessions
+of the best way takes than the other; the rank correlation (Spearman's) is between predicted and measured times.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +33,16 @@ from tncompile.passes import Context, Order
 from tncompile.passes.plans import merge_constants, scheduler
 from tncompile.runtime.session import Session
 from tncompile.runtime.timing import race
-from tncompile.runtime.tuner import Tuner, model_of
+from tncompile.runtime.tuner import Tuner, canonical, model_of
 
 FOLLOWED = 3.0
 """Ways predicted to take over this many times the best prediction are not timed, but for a sample of them."""
 
 SAMPLE = 24
-FINALISTS = 12
+FINALISTS = 8
+SESSIONS = 4
+SECONDS = 1.5
+"""For the last race of a layer at a batch size."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Result:
     best: float
     planned: float
     tuned: float | None
+    noise: float
     correlation: float
 
     @property
@@ -102,7 +108,7 @@ def ways(network: Network, context: Context, batch: int, layouts: int) -> list[W
     return sorted(found.values(), key=lambda way: way.seconds)
 
 
-def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts: int) -> Result:
+def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts: int, threads: int) -> Result:
     """Time all ways of a layer, and the planner's and the tuner's plans among the best of them."""
     program = layer.program()
     (network,) = program.networks
@@ -115,25 +121,32 @@ def judge(layer: Layer, batch: int, profile: DeviceProfile, tune: float, layouts
     feeds = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
     first = []
     for way in chosen:
-        session = Session(model_of(way.network))
+        session = Session(model_of(way.network), threads=threads)
         first.append(_quick(session, feeds))
     plans = {"planned": _planned(program, context)}
     if tune:
-        plans["tuned"] = _planned(program, replace(context, timer=Tuner(tune, stored=False)))
+        plans["tuned"] = _planned(program, replace(context, timer=Tuner(tune, threads=threads, stored=False)))
     finalists = sorted(range(len(chosen)), key=lambda k: first[k])[:FINALISTS]
-    sessions = {str(k): Session(model_of(chosen[k].network)) for k in finalists}
-    sessions |= {name: Session(model_of(plan)) for name, plan in plans.items()}
-    calls = {name: (lambda s=session: s.run(feeds)) for name, session in sessions.items()}
-    raced = race(calls, rounds=30, budget_s=1.0)
-    times = {name: raced.median(name) * 1e3 for name in calls}
+    entrants = {
+        repr(canonical(network)): network for network in (*(chosen[k].network for k in finalists), *plans.values())
+    }
+    names = [*entrants]
+    sessions = [Session(model_of(entrants[name]), threads=threads) for name in names * SESSIONS]
+    calls = {str(k): partial(session.run, feeds) for k, session in enumerate(sessions)}
+    raced = race(calls, rounds=40, budget_s=SECONDS)
+    taken = [[raced.median(str(k)) * 1e3 for k in range(n, len(sessions), len(names))] for n in range(len(names))]
+    times = {name: statistics.median(each) for name, each in zip(names, taken, strict=True)}
+    best = min(taken, key=statistics.median)
+    halves = [statistics.median(best[k::2]) for k in range(2)]
     return Result(
         layer.name,
         batch,
         len(everything),
         len(chosen),
         min(times.values()),
-        times["planned"],
-        times.get("tuned"),
+        times[repr(canonical(plans["planned"]))],
+        times[repr(canonical(plans["tuned"]))] if tune else None,
+        max(halves) / min(halves) - 1,
         rank_correlation([w.seconds for w in chosen], first) if len(chosen) > 2 else 1.0,
     )
 
@@ -169,6 +182,9 @@ def summary(results: Sequence[Result]) -> str:
         if regrets:
             median, high = np.median(regrets), np.quantile(regrets, 0.9)
             lines.append(f"regret {name}: median {median:.1%}, 90 % below {high:.1%}, worst {max(regrets):.1%}")
+    lines.append(
+        f"noise: median {np.median([r.noise for r in results]):.1%}, worst {max(r.noise for r in results):.1%}"
+    )
     correlations = [r.correlation for r in results if r.timed >= 8]
     lines.append(f"rank correlation: median {np.median(correlations):.3f}, lowest {min(correlations):.3f}")
     return "\n".join(lines)
@@ -180,6 +196,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="layers whose name has this in it")
     parser.add_argument("--batch", default="1,32,256", help="batch sizes (default 1,32,256)")
     parser.add_argument("--tune", type=float, default=1.0, metavar="SECONDS", help="for each plan; 0: no tuner")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of every session (default: one a core)")
     parser.add_argument("--layouts", type=int, default=3, help="layouts of each tree (default 3)")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args()
@@ -189,11 +206,12 @@ def main() -> None:
         if options.only not in layer.name:
             continue
         for batch in map(int, options.batch.split(",")):
-            result = judge(layer, batch, profile, options.tune, options.layouts)
+            result = judge(layer, batch, profile, options.tune, options.layouts, options.threads)
             tuned = "" if result.tuned_regret is None else f", tuned {result.tuned_regret:+.1%}"
             print(
                 f"{layer.name}, batch {batch}: best {result.best:.1f} µs of {result.timed}, "
-                f"planned {result.regret:+.1%}{tuned}, rank correlation {result.correlation:.2f}",
+                f"planned {result.regret:+.1%}{tuned}, noise {result.noise:.1%}, "
+                f"rank correlation {result.correlation:.2f}",
                 flush=True,
             )
             results.append(result)

@@ -60,9 +60,14 @@ def write_rival(traced: ImportedModel, path: Path) -> None:
 
 
 def settle(
-    ours: bytes | Path, traced: ImportedModel, batches: Sequence[int], seconds: float, device: str = "cpu"
+    ours: bytes | Path,
+    traced: ImportedModel,
+    batches: Sequence[int],
+    seconds: float,
+    device: str = "cpu",
+    threads: int = 0,
 ) -> Settled:
-    """Race the two files at each batch size, for so many seconds in all."""
+    """Race the two files at each batch size, for so many seconds in all, on so many threads (0: one a core)."""
     rival = "the original file" if isinstance(traced, OnnxModel) else "torch.onnx.export"
     generator = np.random.default_rng(0)
     symbolic = "batch" in traced.sizes
@@ -79,7 +84,7 @@ def settle(
             tried = probe(path, arrays, _LIMITS, device=device)
             if tried.ms is None:
                 return Settled((), (), (), f"{tried.note} at batch {size}", rival=rival)
-        mine, theirs = Session(ours, providers(device)), Session(path, providers(device))
+        mine, theirs = (Session(file, providers(device), threads=threads) for file in (ours, path))
         times = []
         for arrays in feeds:
             calls = {"ours": mine.bound(mine.feeds(arrays)), "exporter": theirs.bound(theirs.feeds(arrays))}

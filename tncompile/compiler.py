@@ -172,6 +172,7 @@ def compile_exported(
     profile: DeviceProfile | str | None = None,
     device: str = "cpu",
     tune: float | None = None,
+    threads: int = 0,
     progress: Progress = _no_progress,
     model: str = "",
     load_seconds: float = 0.0,
@@ -186,7 +187,8 @@ def compile_exported(
     batch sizes planned for (TNCompileError where that cannot be done). `compact`: nothing is computed at compile time
     that would make the file larger, at the price of speed. `profile`: of the device to plan for, or as in
     `tncompile.cost.devices.choose`. `device`: ``"cpu"`` or ``"cuda"``. `tune`: seconds to time candidates on this
-    machine for, instead of trusting predictions (TNCompileError where ONNX Runtime cannot use the device). `check`: run
+    machine for, on `threads` threads (0: one a core), instead of trusting predictions (TNCompileError where ONNX
+    Runtime cannot use the device). `check`: run
     the result against the traced model in float64 (CheckError where it is wrong), on `examples` (arrays by input name)
     or on random inputs. Raises UnsupportedError for what cannot be compiled.
     """
@@ -195,7 +197,7 @@ def compile_exported(
     if device not in DEVICES:
         raise TNCompileError(f"no device {device!r}; choose from {', '.join(DEVICES)}")
     plan_for = ChosenProfile(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
-    timer = None if tune is None else Tuner(tune, device)
+    timer = None if tune is None else Tuner(tune, device, threads)
     progress("importing the graph")
     traced = exported if isinstance(exported, OnnxModel) else import_exported(exported)
     watch("import")
@@ -212,7 +214,7 @@ def compile_exported(
     settled: Settled | None = None
     if tune is not None and max_memory is None:  # the exporter's file keeps to no limit
         progress("timing it against what there is without it")
-        settled = settle(stored.source, traced, batches, tune / 4, device)
+        settled = settle(stored.source, traced, batches, tune / 4, device, threads)
         if settled.exported is not None:
             theirs = adopt(settled.exported, traced)
             if _passes_check(theirs.data, traced, batches, examples):

@@ -23,6 +23,7 @@ from tncompile.commands.options import (
     seconds,
 )
 from tncompile.commands.paths import check_paths
+from tncompile.errors import TNCompileError
 from tncompile.runtime.files import write_file
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
         from tncompile.commands.tensorize import from_compile
 
         return from_compile(options)
+    if options.threads is not None and options.tune is None:
+        raise TNCompileError("--threads is for what is measured: it goes with --tune, or with a budget")
     model, output = Path(options.model), Path(options.output)
     report = None if options.report is None else Path(options.report)
     check_paths(model, _outputs(options), report)
@@ -135,6 +138,7 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
             max_memory=options.max_memory,
             device=options.device,
             tune=options.tune,
+            threads=options.threads or 0,
             check=not options.no_check,
             examples=[load_example(path) for path in options.example],
             progress=progress,
