@@ -39,6 +39,9 @@ FOLLOWED = 3.0
 """Ways predicted to take over this many times the best prediction are not timed, but for a sample of them."""
 
 SAMPLE = 24
+LARGEST = 1 << 26
+"""Elements of an intermediate above which a way is hopeless and would only need memory."""
+
 FINALISTS = 8
 SESSIONS = 4
 SECONDS = 1.5
@@ -100,9 +103,11 @@ def ways(network: Network, context: Context, batch: int, layouts: int) -> list[W
     found: dict[tuple[object, ...], Way] = {}
     for tree in trees(len(term.tensors)):
         merged = merge_constants(network, term, tree, shapes_only=True)
-        if max(c.data.size for c in merged.cores if c.data is not None) > 1 << 26:
+        if max(c.data.size for c in merged.cores if c.data is not None) > LARGEST:
             continue
         for schedule in scheduler(network, merged, context, batch).schedules(merged.order, layouts):
+            if schedule.peak > LARGEST:
+                continue
             whole = replace(network, terms=(replace(merged, steps=schedule.steps),))
             found[tree, schedule.steps] = Way(whole, schedule.seconds)
     return sorted(found.values(), key=lambda way: way.seconds)

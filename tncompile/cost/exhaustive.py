@@ -11,10 +11,10 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 
 from tncompile.cost.layouts import Layout, slide
-from tncompile.cost.schedule import KEPT_LAYOUTS, Scheduler
+from tncompile.cost.schedule import KEPT_LAYOUTS, Lies, Scheduler
 from tncompile.ir.tree import Tree
 
-_Way = tuple[float, Layout, Tree]
+_Way = tuple[float, Layout, Tree, Lies]
 MAX_WORK = 7_000
 """About how many pairs of ways a search may look at: a term of seven cores on one operand."""
 
@@ -70,15 +70,15 @@ class _Search:
         for mask in sorted(range(1, self.all + 1), key=int.bit_count):
             if mask & (mask - 1) == 0:
                 position = mask.bit_length() - 1
-                self.ways[mask] = [(0.0, self.scheduler.layout(position), position)]
+                self.ways[mask] = [(0.0, self.scheduler.layout(position), position, "anyhow")]
             elif not mask & self.operands:
                 joins = self._connected(mask) or self.scheduler.size(self._kept(mask)) <= SMALL
                 tree = self.merged(tuple(self._positions(mask))) if joins else None
-                self.ways[mask] = [] if tree is None else [(0.0, self._kept(mask), tree)]
+                self.ways[mask] = [] if tree is None else [(0.0, self._kept(mask), tree, "anyhow")]
             else:
                 self.ways[mask] = self._joined(mask)
         best: dict[Tree, float] = {}
-        for seconds, _, tree in self.ways[self.all]:
+        for seconds, _, tree, _ in self.ways[self.all]:
             best[tree] = min(seconds, best.get(tree, seconds))
         return heapq.nsmallest(self.keep, best, key=lambda tree: best[tree])
 
@@ -89,14 +89,14 @@ class _Search:
         found: dict[Layout, list[_Way]] = {}
         for a, b in self._splits(mask):
             for x, y, core in self._pairs(a, b):
-                for seconds, form, layout in self.scheduler.forms(x[1], y[1], core, kept):
+                for seconds, form, layout in self.scheduler.forms(x[1], y[1], core, kept, x[3]):
                     total = x[0] + y[0] + seconds
                     if whole:
                         total += self.scheduler.finish(x[1], form, layout)
                     if total > self.within:
                         continue
                     here = found.setdefault(layout, [])
-                    here.append((total, layout, (x[2], y[2])))
+                    here.append((total, layout, (x[2], y[2]), self.scheduler.lies(form)))
         limit = self.keep if whole else 2
         ways = [way for here in found.values() for way in _cheapest(here, limit)]
         return ways if whole else self._undominated(ways)
@@ -104,12 +104,12 @@ class _Search:
     def _undominated(self, ways: Sequence[_Way]) -> list[_Way]:
         """Without the ways whose layout is cheaper to get from another way by a transpose."""
         kept: list[_Way] = []
-        for seconds, layout, tree in sorted(ways, key=lambda way: way[0]):
+        for seconds, layout, tree, lies in sorted(ways, key=lambda way: way[0]):
             if len(kept) == 2 * KEPT_LAYOUTS:
                 break
             if kept and kept[0][1] != layout and kept[0][0] + self.scheduler.permute(kept[0][1], layout) < seconds:
                 continue
-            kept.append((seconds, layout, tree))
+            kept.append((seconds, layout, tree, lies))
         return kept
 
     def _pairs(self, a: int, b: int) -> Iterator[tuple[_Way, _Way, bool]]:

@@ -17,6 +17,8 @@ _IMAGE = 1.5e-7  # seconds, to begin one image of one group
 _NARROW = 4.0  # how many times as slow as the best rate the products of a few channels are
 BLOCK = 8
 """Channels that ONNX Runtime keeps side by side in a convolution, on any processor."""
+_ALIGNED = 4  # channels of an image that is put in blocks come in multiples of so many
+_IN_BLOCKS, _IN_ROWS = 0.55, 0.3  # shares of the best rate that kernels for images of two dimensions reach
 _CACHED = 1 << 16
 
 
@@ -130,7 +132,7 @@ class DeviceProfile:
         self, batch: int, groups: int, channels: int, filters: int, taps: int, space: int, itemsize: int
     ) -> float:
         """Seconds for a convolution of (batch, groups·channels, ..) by a constant (groups·filters, channels, taps) that
-        leaves `space` places.
+        leaves `space` places, where images are unfolded.
 
         With groups ONNX Runtime multiplies image by image, but for channels in whole blocks of `BLOCK`: those it
         keeps side by side and has kernels for.
@@ -146,6 +148,30 @@ class DeviceProfile:
         unfolded = self.copy(images * channels * taps * space)
         products = 2.0 * outputs * channels * taps / self.flops
         return self.node + images * _IMAGE + (1.5 * unfolded + _NARROW * products) * width
+
+    def is_direct(self, channels: int, axes: int, itemsize: int) -> bool:
+        """Whether a convolution without groups, over so many axes, is computed without unfolding its images."""
+        return axes == 2 and itemsize == 4 and (channels < self.strip or channels % _ALIGNED == 0)
+
+    @lru_cache(maxsize=_CACHED)  # noqa: B019
+    def direct_time(self, batch: int, channels: int, filters: int, taps: int, space: int) -> float:
+        """Seconds for such a convolution of images that lie as it reads them: fewer channels than a block one after the
+        other, more in blocks, as its result does (`turned_time` is for others).
+
+        The rates are those of chains of 1×1 to 5×5 convolutions on the machine of the shipped profile (MLAS's NCHWc
+        kernels), relative to its matmuls.
+        """
+        few = channels < self.strip
+        products = 2.0 * batch * space * taps * (channels if few else self._whole(channels)) * self._whole(filters)
+        seconds = products / self.flops / (_IN_ROWS if few else _IN_BLOCKS)
+        return self.node + max(seconds, self.read(4.0 * taps * channels * filters))
+
+    def turned_time(self, batch: int, channels: int, space: int) -> float:
+        """Seconds to put the channels of images in blocks, or back."""
+        return self.copy(batch * self._whole(channels) * space)
+
+    def _whole(self, channels: int) -> int:
+        return -(-channels // self.strip) * self.strip
 
     @lru_cache(maxsize=_CACHED)  # noqa: B019
     def multiply_time(self, spans: int, length: int, itemsize: int) -> float:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tncompile.cost.layouts import (
     Classes,
@@ -41,6 +42,9 @@ from tncompile.ir.core import Index, Step, Term, Window
 from tncompile.ir.tree import Tree, flatten, fold_tree
 
 _Form = tuple[float, str, Layout]
+Lies = Literal["anyhow", "in rows", "in blocks"]
+"""How a tensor lies in memory: row by row, or as the convolutions of ONNX Runtime leave images, in blocks of channels;
+what comes into a term, and its result, as those beside it like it, who do the same most often."""
 KEPT_LAYOUTS = 12
 
 
@@ -148,16 +152,18 @@ class Scheduler:
         term, count = self.term, len(self.term.tensors)
         layouts = [self.layout(p) for p in range(count)]
         seconds, flops, moved, peak = 0.0, 0.0, 0.0, 0
+        lies: list[Lies] = ["anyhow" for _ in range(count)]
         for step in steps:
             x, y = layouts[step.left], layouts[step.right]
             core = step.right < count and term.tensors[step.right].is_core
-            forms = self.forms(x, y, core, {*step.order})
+            forms = self.forms(x, y, core, {*step.order}, lies[step.left])
             same = (s for s, form, order in forms if (form, order) == (step.form, step.order))
             seconds += min(same, default=math.inf)
             flops += 2.0 * self.size({*x, *y, *step.order} - self._taken(step.order, {*x, *y}))
             moved += (self.size(x) + self.size(y) + self.size(step.order)) * self.itemsize
             peak = max(peak, self.size(step.order))
             layouts.append(step.order)
+            lies.append(self.lies(step.form))
         last = steps[-1] if steps else None
         seconds += self.finish(layouts[last.left], last.form, last.order) if last else self._as_it_is(layouts[0])
         return Schedule(tuple(steps), seconds, flops, moved, peak)
@@ -205,7 +211,7 @@ class Scheduler:
         if not b_core:
             pairs += [(y, x, False) for x in a for y in b]
         for x, y, core in pairs:
-            for seconds, form, order in self.forms(x.layout, y.layout, core, kept):
+            for seconds, form, order in self.forms(x.layout, y.layout, core, kept, self._lies_of(x.plan)):
                 total = x.seconds + y.seconds + seconds + (self.finish(x.layout, form, order) if root else 0.0)
                 known = found.get(order)
                 if known is None or total < known.seconds:
@@ -214,18 +220,28 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------ one contraction
 
-    def forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str]) -> Iterable[_Form]:
-        """Every form of one contraction with its seconds, transposes included."""
+    def lies(self, form: str) -> Lies:
+        """How the result of a step lies in memory."""
+        return "in blocks" if form == "convolve" and len(self.windows) == 2 and self.itemsize == 4 else "in rows"
+
+    def _lies_of(self, plan: _Plan) -> Lies:
+        return "anyhow" if isinstance(plan, int) else self.lies(plan.form)
+
+    def forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str], lies: Lies = "anyhow") -> Iterable[_Form]:
+        """Every form of one contraction with its seconds, transposes included; `x` lies in memory as said."""
         windows = [w for w in self.windows if w.axis in x and w.kernel in y]
         if windows:
-            yield from self._convolutions(x, y, windows, kept) if core else ()
+            yield from self._convolutions(x, y, windows, kept, lies) if core else ()
             return
         c = classify(x, y, kept)
+        turned = self.profile.copy_time(self.size(x), self.itemsize) if lies == "in blocks" else 0.0
         if c.summed or (c.left and c.right and not c.batch):
-            yield from self._matmuls(x, y, core, c)
+            for seconds, form, order in self._matmuls(x, y, core, c):
+                yield seconds + turned, form, order
             if core:
-                yield from self._core_lefts(x, c)
-        yield self._multiply(x, y, core, c)
+                yield from self._core_lefts(x, c, turned)
+        seconds, form, order = self._multiply(x, y, core, c)
+        yield seconds + turned, form, order
 
     def _matmuls(self, x: Layout, y: Layout, core: bool, c: Classes) -> Iterable[_Form]:
         rows = tuple(i for i in x if i not in c.summed)
@@ -261,22 +277,24 @@ class Scheduler:
             return [tuple(i for i in self.output if i in group)]
         return orders(group)
 
-    def _core_lefts(self, x: Layout, c: Classes) -> Iterable[_Form]:
+    def _core_lefts(self, x: Layout, c: Classes, turned: float) -> Iterable[_Form]:
         block = (*c.batch, *c.summed)
         starts = [min(x.index(i) for i in block)] if block else range(len(x))  # an outer product fits anywhere
         for start in starts:
-            yield from self._core_left(x, c, start)
+            yield from self._core_left(x, c, start, turned)
 
-    def _core_left(self, x: Layout, c: Classes, start: int) -> Iterable[_Form]:
+    def _core_left(self, x: Layout, c: Classes, start: int, turned: float) -> Iterable[_Form]:
         middle, end = start + len(c.batch), start + len(c.batch) + len(c.summed)
         if {*x[start:middle]} != {*c.batch} or {*x[middle:end]} != {*c.summed} or end == len(x):
             return
         before, after = x[:start], x[end:]
         batch = self.size(before) * self.size(c.batch)
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
-        seconds = self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
+        seconds = turned + self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
         if before and not c.batch and after == self._shown(x)[-len(after) :]:  # may run as a 1x1 convolution
-            seconds = min(seconds, self.profile.conv_time(batch, k, m, n, self.itemsize))
+            direct = turned and self.profile.is_direct(k, len(after), self.itemsize)
+            alone = self.profile.conv_time(batch, k, m, n, self.itemsize)
+            seconds = min(seconds, self.profile.direct_time(batch, k, m, 1, n) if direct else turned + alone)
         for free in orders(c.right):
             yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
 
@@ -289,21 +307,27 @@ class Scheduler:
         later = {w.out: w.axis for w in self.windows if w.axis in x}
         return tuple(later.get(i, i) for i in self.output) if later else self.output
 
-    def _convolutions(self, x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str]) -> Iterable[_Form]:
+    def _convolutions(
+        self, x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str], lies: Lies
+    ) -> Iterable[_Form]:
         parts = convolution(x, y, windows, kept)
         out = {w.axis: w.out for w in windows}
         left = tuple(out.get(i, i) for i in parts.space)
-        seconds = self.permute(x, parts.wanted) + self.profile.convolution_time(
-            self.size(parts.batch),
-            self.size(parts.groups),
-            self.size(parts.channels),
-            self.size(parts.filters),
-            self.size(w.kernel for w in windows),
-            self.size(left),
-            self.itemsize,
-        )
+        batch, groups, channels = map(self.size, (parts.batch, parts.groups, parts.channels))
+        filters, taps, space = self.size(parts.filters), self.size(w.kernel for w in windows), self.size(left)
+        direct = groups == 1 and self.profile.is_direct(channels, len(left), self.itemsize)
+        if direct:
+            seconds = self.profile.direct_time(batch, channels, filters, taps, space)
+        else:
+            seconds = self.profile.convolution_time(batch, groups, channels, filters, taps, space, self.itemsize)
+        moved = self.permute(x, parts.wanted)
+        wanted: Lies = "in blocks" if direct and channels >= self.profile.strip else "in rows"
+        if groups > 1:  # whose price has that in it
+            wanted = "anyhow"
+        if ("anyhow" not in (lies, wanted) and lies != wanted) or (moved and "in blocks" in (lies, wanted)):
+            seconds += self.profile.turned_time(batch, groups * channels, self.size(parts.space))
         for free in orders(parts.filters):
-            yield seconds, "convolve", (*parts.batch, *parts.groups, *free, *left)
+            yield seconds + moved, "convolve", (*parts.batch, *parts.groups, *free, *left)
 
     def _multiply(self, x: Layout, y: Layout, core: bool, c: Classes) -> _Form:
         full = (*x, *c.right)
