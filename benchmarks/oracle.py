@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--layouts", type=int, default=3, help="layouts of each tree (default 3)")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args()
-    profile = choose().profile
+    profile = choose(threads=options.threads).profile
     results = []
     for layer in layers():
         if options.only not in layer.name:

@@ -81,12 +81,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", metavar="FILE", help="a profile, or `default`")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure (default 30)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of a session (default: one a core)")
     parser.add_argument("--list", action="store_true", help="print every primitive")
     options = parser.parse_args()
-    choice = choose(options.profile)
+    choice = choose(options.profile, threads=options.threads)
     print(f"profile: {choice.origin} ({choice.profile.device})")
     items = list(held_out(choice.profile))
-    _, times = Stopwatch([p for _, p, _, _ in items]).run(options.seconds)
+    _, times = Stopwatch([p for _, p, _, _ in items], threads=options.threads).run(options.seconds)
     if options.list:
         for (name, _, guess, sizes), measured in zip(items, times, strict=True):
             print(f"{name:11s} {'x'.join(map(str, sizes)):20s} {measured * 1e6:10.2f} µs {guess * 1e6:10.2f} µs")

@@ -59,7 +59,8 @@ def _contest(
     sizes = [b for b in batches if b is not None] or [1]
     module = again.module.to(options["device"])
     device = options["device"]
-    writers = {OURS: writer(exported, sizes, device), DENSE: writer(exported, sizes, device, DENSE_PASSES)}
+    planned = {OURS: None, DENSE: DENSE_PASSES}
+    writers = {way: writer(exported, sizes, device, passes, options["threads"]) for way, passes in planned.items()}
     subject = Subject(exported, module, lambda batch: Inputs(again.at(batch)), writers)
     with tempfile.TemporaryDirectory() as folder:
         limits = Limits(first_call_s=options["limit"])

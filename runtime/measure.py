@@ -74,14 +74,15 @@ GRIDS: dict[str, Grid] = {
 
 
 class Stopwatch:
-    """Times primitives against each other on one device, ``cpu`` or ``cuda``.
+    """Times primitives against each other on one device, ``cpu`` or ``cuda``, on so many threads (0: one a core).
 
     Rounds are interleaved: each visits the sessions in a new order and times their primitives for a short block
     of calls. What else the machine does only ever adds time, so what counts are the two lowest samples of a
     primitive; it is settled once they agree, and the later rounds are for the others.
     """
 
-    def __init__(self, primitives: Sequence[Primitive], device: str = "cpu") -> None:
+    def __init__(self, primitives: Sequence[Primitive], device: str = "cpu", threads: int = 0) -> None:
+        self.threads = threads
         self.providers = _providers(device)
         most = max((p.elements for p in primitives), default=0) + 4096
         numbers = np.random.default_rng(0).uniform(0.5, 1.0, most).astype(np.float32)
@@ -101,7 +102,7 @@ class Stopwatch:
             self.calls += [call] * _VISITS
 
     def _session(self, model: bytes) -> Session:
-        session = Session(model, self.providers)
+        session = Session(model, self.providers, threads=self.threads)
         if self.providers[0] not in session.providers:
             raise UnsupportedError(
                 f"ONNX Runtime has {self.providers[0]} but cannot load it: are the GPU's driver and CUDA's libraries "
@@ -153,8 +154,11 @@ def _settled(samples: Sequence[float]) -> bool:
     return second <= _AGREE * first
 
 
-def measure(device: str = "cpu", seconds: float = 40.0, progress: Progress = lambda share: None) -> DeviceProfile:
-    """The profile of a device, ``cpu`` or ``cuda``, measured in about so many seconds.
+def measure(
+    device: str = "cpu", threads: int = 0, seconds: float = 40.0, progress: Progress = lambda share: None
+) -> DeviceProfile:
+    """The profile of a device, ``cpu`` or ``cuda``, on so many threads (0: one a core), measured in about so many
+    seconds.
 
     UnsupportedError where ONNX Runtime cannot use the device.
     """
@@ -166,12 +170,14 @@ def measure(device: str = "cpu", seconds: float = 40.0, progress: Progress = lam
             if primitive.work <= grid.work:
                 places[name, point] = len(primitives)
                 primitives.append(primitive)
-    node, times = Stopwatch(primitives, device).run(seconds, progress)
+    node, times = Stopwatch(primitives, device, threads).run(seconds, progress)
     tables = {}
     for name in GRIDS:
         known = {point: times[place] for (table, point), place in places.items() if table == name}
         tables[name] = fill(name, known)
-    return DeviceProfile(device=devices.machine(device), measured=True, strip=_strip(device), node=node, **tables)
+    return DeviceProfile(
+        device=devices.machine(device, threads), measured=True, strip=_strip(device), node=node, **tables
+    )
 
 
 def fill(name: str, known: dict[tuple[int, ...], float]) -> Table:

@@ -50,7 +50,7 @@ class Tuner:
         self.seconds = seconds
         self.providers = providers(device)
         self.threads = threads
-        self.place = f"{machine(device)}; {threads or 'all'} threads; tncompile {__version__}"
+        self.place = f"{machine(device, threads)}; tncompile {__version__}"
         self.jobs = 1
         self.timed = 0
         self.known = 0

@@ -187,8 +187,8 @@ def compile_exported(
     batch sizes planned for (TNCompileError where that cannot be done). `compact`: nothing is computed at compile time
     that would make the file larger, at the price of speed. `profile`: of the device to plan for, or as in
     `tncompile.cost.devices.choose`. `device`: ``"cpu"`` or ``"cuda"``. `tune`: seconds to time candidates on this
-    machine for, on `threads` threads (0: one a core), instead of trusting predictions (TNCompileError where ONNX
-    Runtime cannot use the device). `check`: run
+    machine for, instead of trusting predictions (TNCompileError where ONNX Runtime cannot use the device). `threads`:
+    of the sessions that it will run in, 0 for one a core. `check`: run
     the result against the traced model in float64 (CheckError where it is wrong), on `examples` (arrays by input name)
     or on random inputs. Raises UnsupportedError for what cannot be compiled.
     """
@@ -196,7 +196,9 @@ def compile_exported(
     watch = _Watch(seconds)
     if device not in DEVICES:
         raise TNCompileError(f"no device {device!r}; choose from {', '.join(DEVICES)}")
-    plan_for = ChosenProfile(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device)
+    plan_for = (
+        ChosenProfile(profile, "given") if isinstance(profile, DeviceProfile) else choose(profile, device, threads)
+    )
     timer = None if tune is None else Tuner(tune, device, threads)
     progress("importing the graph")
     traced = exported if isinstance(exported, OnnxModel) else import_exported(exported)

@@ -16,7 +16,7 @@ from tncompile.runtime.primitives import PRIMITIVES, Primitive, core_left
 class FakeStopwatch:
     """Every primitive takes a microsecond and a nanosecond a unit of work."""
 
-    def __init__(self, primitives: list[Primitive], device: str = "cpu") -> None:
+    def __init__(self, primitives: list[Primitive], device: str = "cpu", threads: int = 0) -> None:
         measure._providers(device)
         self.primitives = primitives
 

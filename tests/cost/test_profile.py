@@ -15,7 +15,7 @@ from tncompile.cost.profile import DeviceProfile
 from tncompile.cost.table import Table
 from tncompile.errors import LoadError
 
-PROFILES = [devices.default_profile("cpu"), devices.default_profile("cuda")]
+PROFILES = [devices.default_profile("cpu"), devices.default_profile("cuda"), devices.default_profile("cpu", 1)]
 SIZE = st.integers(1, 5000)
 
 
@@ -47,7 +47,7 @@ def test_a_table_is_checked(axes: tuple[tuple[int, ...], ...], seconds: tuple[fl
         Table(axes, seconds)
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=["cpu", "cuda"])
+@pytest.mark.parametrize("profile", PROFILES, ids=["cpu", "cuda", "cpu-1"])
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.tuples(SIZE, SIZE, SIZE, SIZE), axis=st.integers(0, 3), more=st.integers(2, 16), constant=st.booleans())
 def test_more_work_is_not_much_cheaper(
@@ -60,7 +60,7 @@ def test_more_work_is_not_much_cheaper(
     assert 0 < times[0] <= times[1] * 1.001
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=["cpu", "cuda"])
+@pytest.mark.parametrize("profile", PROFILES, ids=["cpu", "cuda", "cpu-1"])
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.tuples(SIZE, SIZE, SIZE), axis=st.integers(0, 2), more=st.integers(2, 16))
 def test_moving_more_is_not_much_cheaper(profile: DeviceProfile, sizes: tuple[int, ...], axis: int, more: int) -> None:

@@ -160,7 +160,7 @@ def test_other_files_on_a_full_disk(
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OutputError, match="No space left"):
         tncompile.save(torch.nn.Linear(2, 2).eval(), (torch.ones(2, 2),), tmp_path / "model.pt")
-    monkeypatch.setattr(tune, "_measure", lambda device: default_profile(device))
+    monkeypatch.setattr(tune, "_measure", lambda device, threads: default_profile(device))
     assert main(["tune", "--device", "--output", str(tmp_path / "profile.json")]) == 1
     assert f"{tmp_path / 'profile.json'}: cannot be written (No space left" in capsys.readouterr().err
     assert contents(tmp_path) == {}

@@ -75,13 +75,14 @@ def run(options: argparse.Namespace) -> int:
 
     providers(options.device)
     with Console(stderr=True).status("loading") as status, tempfile.TemporaryDirectory() as folder:
-        subject, batches = _subject(options)
+        threads = threads_of(options.threads)
+        subject, batches = _subject(options, threads)
         contest = Contest(
             subject,
             Path(folder),
             options.against,
             options.device,
-            threads_of(options.threads),
+            threads,
             Limits(first_call_s=options.limit, build_s=max(120.0, options.limit)),
             status.update,
         )
@@ -93,21 +94,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _subject(options: argparse.Namespace) -> tuple[Subject, Sequence[int | None]]:
+def _subject(options: argparse.Namespace, threads: int) -> tuple[Subject, Sequence[int | None]]:
     from tncompile import compiler
     from tncompile.frontend.load import load
     from tncompile.frontend.onnx.importer import OnnxModel
     from tncompile.runtime.contest import DENSE, OURS, Subject
     from tncompile.runtime.rivals import eager_module
 
-    exported = load(options.model, loading(options))
+    exported, device = load(options.model, loading(options)), options.device
     with compiler.naming(options.model):
-        compiled = compiler.compile_exported(exported, batch=options.batch, device=options.device, check=False)
+        compiled = compiler.compile_exported(exported, batch=options.batch, device=device, threads=threads, check=False)
     batches = options.batch if compiled.report.dynamic else (None,)
     if batches == (None,):
         print(f"{options.model}: its batch is fixed; measured at its own shapes", file=sys.stderr)
-    module = None if isinstance(exported, OnnxModel) else eager_module(exported, options.batch[0], options.device)
-    writers = {OURS: compiled.save, DENSE: writer(exported, options.batch, options.device, DENSE_PASSES)}
+    module = None if isinstance(exported, OnnxModel) else eager_module(exported, options.batch[0], device)
+    writers = {OURS: compiled.save, DENSE: writer(exported, options.batch, device, DENSE_PASSES, threads)}
     return Subject(exported, module, _inputs_of(compiled.traced, exported), writers), batches
 
 
@@ -116,6 +117,7 @@ def writer(
     batches: Sequence[int],
     device: str = "cpu",
     passes: str | None = None,
+    threads: int = 0,
 ) -> Callable[[Path], None]:
     """Compiles when it is called, with the default passes or others, and writes the ONNX file."""
 
@@ -124,7 +126,10 @@ def writer(
         from tncompile.passes import DEFAULT, parse_passes
 
         chosen = DEFAULT if passes is None else parse_passes(passes)
-        compiler.compile_exported(exported, batch=batches, device=device, passes=chosen, check=False).save(path)
+        model = compiler.compile_exported(
+            exported, batch=batches, device=device, passes=chosen, threads=threads, check=False
+        )
+        model.save(path)
 
     return write
 

@@ -23,7 +23,6 @@ from tncompile.commands.options import (
     seconds,
 )
 from tncompile.commands.paths import check_paths
-from tncompile.errors import TNCompileError
 from tncompile.runtime.files import write_file
 
 if TYPE_CHECKING:
@@ -90,8 +89,6 @@ def run(options: argparse.Namespace) -> int:
         from tncompile.commands.tensorize import from_compile
 
         return from_compile(options)
-    if options.threads is not None and options.tune is None:
-        raise TNCompileError("--threads is for what is measured: it goes with --tune, or with a budget")
     model, output = Path(options.model), Path(options.output)
     report = None if options.report is None else Path(options.report)
     check_paths(model, _outputs(options), report)

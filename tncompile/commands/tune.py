@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tncompile.commands.options import count
 from tncompile.errors import OutputError
 from tncompile.runtime.files import check_writable, write_file
 
@@ -28,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--device", nargs="?", const="cpu", choices=("cpu", "cuda"), required=True, help="what to measure (default cpu)"
     )
+    result.add_argument(
+        "--threads", type=count, default=0, metavar="N", help="that models will run in (default: one a core)"
+    )
     result.add_argument("--output", metavar="FILE", help="write the profile there, not to the user's own place")
     return result
 
@@ -37,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from tncompile.cost import devices
 
     if options.output is None:
-        path = devices.output_path(options.device)
+        path = devices.output_path(options.device, options.threads)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -47,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         path = Path(options.output)
     check_writable(path)
-    profile = _measure(options.device)
+    profile = _measure(options.device, options.threads)
     write_file(path, profile.to_json().encode())
     from rich.console import Console
 
@@ -56,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(device: str) -> DeviceProfile:
+def _measure(device: str, threads: int) -> DeviceProfile:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -64,7 +68,7 @@ def _measure(device: str) -> DeviceProfile:
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"measuring {device}", total=1.0)
-        return measure(device, progress=lambda share: bar.update(task, completed=share))
+        return measure(device, threads, progress=lambda share: bar.update(task, completed=share))
 
 
 def show(profile: DeviceProfile, console: Console) -> None:

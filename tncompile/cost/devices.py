@@ -29,15 +29,17 @@ class ChosenProfile:
 
 
 @cache
-def default_profile(device: str = "cpu") -> DeviceProfile:
-    """The profile that ships with tncompile: of ``cpu`` as measured, of ``cuda`` as a datasheet has it."""
+def default_profile(device: str = "cpu", threads: int = 0) -> DeviceProfile:
+    """The profile that ships with tncompile: of ``cpu`` as measured, on one thread or two; of ``cuda`` as a
+    datasheet has it."""
     if device == "cuda":
         return from_datasheet("cuda, by the datasheet of an A100", 19.5e12, 1.55e12, launch=4e-6, tile=32)
-    return DeviceProfile.from_json((files("tncompile.cost") / "profiles" / f"{device}.json").read_text("utf-8"))
+    name = f"{device}-1.json" if threads == 1 else f"{device}.json"
+    return DeviceProfile.from_json((files("tncompile.cost") / "profiles" / name).read_text("utf-8"))
 
 
-def choose(choice: str | None = None, device: str = "cpu") -> ChosenProfile:
-    """The profile to plan with.
+def choose(choice: str | None = None, device: str = "cpu", threads: int = 0) -> ChosenProfile:
+    """The profile to plan with, for a session of so many threads (0: one a core).
 
     `choice` is a file or ``default``; without, the environment variable TNCOMPILE_PROFILE says the same; without
     that, it is the stored profile of this machine where there is one, else the shipped default. LoadError for a
@@ -45,22 +47,22 @@ def choose(choice: str | None = None, device: str = "cpu") -> ChosenProfile:
     """
     chosen = choice or os.environ.get(VARIABLE)
     if chosen == DEFAULT:
-        return ChosenProfile(default_profile(device), "shipped default")
+        return ChosenProfile(default_profile(device, threads), "shipped default")
     if chosen:
         profile = load(Path(chosen))
         if _is_of_another(profile, device):
             raise LoadError(f"{chosen}: is a profile of {profile.device}, not of {device}")
         return ChosenProfile(profile, f"{chosen}")
-    path = stored_path(device)
+    path = stored_path(device, threads)
     if not path.exists():
         return ChosenProfile(
-            default_profile(device), "shipped default; `tncompile tune --device` measures this machine"
+            default_profile(device, threads), "shipped default; `tncompile tune --device` measures this machine"
         )
     try:
         return ChosenProfile(load(path), f"measured on this machine, {path}")
     except LoadError as error:
         return ChosenProfile(
-            default_profile(device), f"shipped default, as the stored profile cannot be used ({error})"
+            default_profile(device, threads), f"shipped default, as the stored profile cannot be used ({error})"
         )
 
 
@@ -76,14 +78,14 @@ def load(path: Path) -> DeviceProfile:
         raise LoadError(f"{path}: {error}; run `tncompile tune --device` again") from error
 
 
-def output_path(device: str = "cpu") -> Path:
+def output_path(device: str = "cpu", threads: int = 0) -> Path:
     """Where a measured profile is to be written: the file that `choose` will read.
 
     OutputError where that is a profile of another kind of device.
     """
     chosen = os.environ.get(VARIABLE)
     if not chosen or chosen == DEFAULT:
-        return stored_path(device)
+        return stored_path(device, threads)
     path = Path(chosen)
     with contextlib.suppress(LoadError):  # none yet, or of no use
         present = load(path)
@@ -100,18 +102,20 @@ def _is_of_another(profile: DeviceProfile, device: str) -> bool:
     return not profile.device.startswith(device) and profile.device.startswith(("cpu", "cuda"))
 
 
-def stored_path(device: str = "cpu") -> Path:
-    """The file of this machine's profile, which need not exist: another processor, core count or ONNX Runtime
-    has another."""
+def stored_path(device: str = "cpu", threads: int = 0) -> Path:
+    """The file of this machine's profile, which need not exist: another processor, count of cores or threads, or
+    ONNX Runtime has another."""
     from platformdirs import user_data_path
 
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", machine(device)).strip("-")
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", machine(device, threads)).strip("-")
     return user_data_path("tncompile", appauthor=False) / "profiles" / f"{name}.json"
 
 
-def machine(device: str = "cpu") -> str:
-    """What a profile belongs to: ``cpu, AMD EPYC, 2 cores, onnxruntime 1.31.1``."""
-    place = f"{processor()}, {_cores()} cores" if device == "cpu" else _gpu()
+def machine(device: str = "cpu", threads: int = 0) -> str:
+    """What a profile belongs to: ``cpu, AMD EPYC, 2 cores, onnxruntime 1.31.1``, on fewer threads than cores
+    ``cpu, AMD EPYC, 1 of 2 cores, ...``."""
+    used = f"{threads} of " if 0 < threads < _cores() else ""
+    place = f"{processor()}, {used}{_cores()} cores" if device == "cpu" else _gpu()
     return f"{device}, {place}, onnxruntime {_runtime()}"
 
 

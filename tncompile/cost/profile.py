@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
@@ -18,7 +19,7 @@ _NARROW = 4.0  # how many times as slow as the best rate the products of a few c
 BLOCK = 8
 """Channels that ONNX Runtime keeps side by side in a convolution, on any processor."""
 _ALIGNED = 4  # channels of an image that is put in blocks come in multiples of so many
-_IN_BLOCKS, _IN_ROWS = 0.55, 0.3  # shares of the best rate that kernels for images of two dimensions reach
+_IN_BLOCKS, _IN_ROWS = 1.05, 0.55  # shares of the best rate that kernels for images of two dimensions reach
 _CACHED = 1 << 16
 
 
@@ -65,6 +66,11 @@ class DeviceProfile:
     def flops(self) -> float:
         """The highest rate of any matmul, in FLOPs per second."""
         return max(2.0 * m * k * n / seconds for (m, k, n), seconds in self.matmul.points())
+
+    @cached_property
+    def sustained(self) -> float:
+        """The rate of large matmuls, in FLOPs per second: the median of those of a million products and more."""
+        return statistics.median(2.0 * m * k * n / s for (m, k, n), s in self.matmul.points() if m * k * n >= 1 << 20)
 
     @cached_property
     def bandwidth(self) -> float:
@@ -163,7 +169,7 @@ class DeviceProfile:
         """
         few = channels < self.strip
         products = 2.0 * batch * space * taps * (channels if few else self._whole(channels)) * self._whole(filters)
-        seconds = products / self.flops / (_IN_ROWS if few else _IN_BLOCKS)
+        seconds = products / self.sustained / (_IN_ROWS if few else _IN_BLOCKS)
         return self.node + max(seconds, self.read(4.0 * taps * channels * filters))
 
     def turned_time(self, batch: int, channels: int, space: int) -> float:

@@ -155,8 +155,9 @@ def prepare(
 
 
 def _context(traced: ImportedModel, compiling: Mapping[str, Any]) -> Context:
+    threads = compiling.get("threads", 0)
     profile = compiling.get("profile")
-    chosen = profile if isinstance(profile, DeviceProfile) else choose_profile(profile).profile
+    chosen = profile if isinstance(profile, DeviceProfile) else choose_profile(profile, threads=threads).profile
     batch = compiling.get("batch", DEFAULT_BATCH)
     batches = [batch] if isinstance(batch, int) else batch
     context = planning_context(traced, batches, compiling.get("sizes") or {}, chosen, compiling.get("max_memory"))

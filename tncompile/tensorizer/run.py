@@ -100,7 +100,7 @@ class Search:
         self.bits = tuple(b for b in BITS if b in bits)
         self.loaded, self.calibration, self.model, self.progress = loaded, calibration, model, progress
         compact = budget.prefer != "speed" or budget.max_size is not None
-        self.compiling = {**compiling, "compact": compact}
+        self.compiling = {**compiling, "compact": compact, "threads": threads}
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.temporary: list[Path] = []
