@@ -111,7 +111,7 @@ def broken(text: str) -> list[tuple[str, str]]:
 
 def test_a_file_that_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "profile.json"
-    monkeypatch.setattr(devices, "stored_path", lambda device="cpu": file)
+    monkeypatch.setattr(devices, "stored_path", lambda device="cpu", threads=0: file)
     for text, reason in broken(PROFILES[0].to_json()):
         file.write_text(text)
         with pytest.raises(LoadError, match=reason):
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_which_profile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "stored_path", lambda device="cpu": tmp_path / "stored.json")
+    monkeypatch.setattr(devices, "stored_path", lambda device="cpu", threads=0: tmp_path / "stored.json")
     monkeypatch.delenv(devices.VARIABLE)
     assert devices.choose() == devices.ChosenProfile(PROFILES[0], devices.choose().origin)
     assert "shipped default" in devices.choose().origin
@@ -141,6 +141,7 @@ def test_which_profile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert devices.choose().profile.device == "variable"
     assert devices.choose(str(tmp_path / "option.json")).profile.device == "option"
     assert devices.choose("default").profile == PROFILES[0]
+    assert devices.choose("default", threads=1).profile == PROFILES[2]
 
 
 def test_a_stored_profile_belongs_to_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +150,6 @@ def test_a_stored_profile_belongs_to_one_machine(monkeypatch: pytest.MonkeyPatch
     second = devices.stored_path()
     assert first != second and first.parent == second.parent
     assert "Another-CPU-2.4-GHz-x" in second.name and second.suffix == ".json"
+    monkeypatch.setattr(devices, "_cores", lambda: 4)
+    every = devices.stored_path()
+    assert devices.stored_path(threads=4) == every != devices.stored_path(threads=1)
