@@ -145,7 +145,7 @@ def _sliceable(network: Network, term: Term) -> Iterator[str]:
 def _seconds(network: Network, term: Term, context: Context) -> tuple[float, ...]:
     itemsize = np.dtype(network.dtype).itemsize
     sizes = (context.index_sizes(network, batch) for batch in context.batches)
-    return tuple(price(term, network.output.indices, s, context.profile, itemsize).seconds for s in sizes)
+    return tuple(price(term, network.output.axes, s, context.profile, itemsize).seconds for s in sizes)
 
 
 def _rooms(network: Network, term: Term, context: Context, limit: int) -> list[int]:

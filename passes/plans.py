@@ -180,11 +180,9 @@ def scheduler(
     """The scheduler of one term of a network at one batch size."""
     itemsize = np.dtype(network.dtype).itemsize
     sizes = context.index_sizes(network, batch)
-    shown = [tuple(i.name for i in axis) for axis in network.output.axes]
-    if network.output.name not in context.outputs:
-        shown = []
-    attended = network.output.name in context.attended
-    return kind(term, network.output.indices, sizes, context.profile, itemsize, shown, attended)
+    output = network.output
+    shown, attended = output.name in context.outputs, output.name in context.attended
+    return kind(term, output.axes, sizes, context.profile, itemsize, shown, attended)
 
 
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
@@ -208,7 +206,7 @@ def cost_of(network: Network, term: Term, tree: Tree | None, context: Context, b
     if not term.slices:
         return scheduler(network, term, context, batch).price(term.steps or ())
     itemsize = np.dtype(network.dtype).itemsize
-    return price(term, network.output.indices, context.index_sizes(network, batch), context.profile, itemsize)
+    return price(term, network.output.axes, context.index_sizes(network, batch), context.profile, itemsize)
 
 
 def schedules(network: Network, term: Term, context: Context) -> list[tuple[Step, ...]]:

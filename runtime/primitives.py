@@ -78,17 +78,19 @@ def _model(inputs: list[onnx.Value], nodes: list[onnx.Node], constants: list[onn
 
 
 def steps_model(count: int) -> bytes:
-    """`count` times a MatMul and a Reshape of next to nothing, from (1, 4) to (1, 4)."""
+    """A MatMul of next to nothing, and `count` times a Reshape and another MatMul; from (1, 4) to (1, 4) or (2, 2)."""
     x = onnx.Value(name="x", type=onnx.TensorType(onnx.DataType.FLOAT), shape=onnx.Shape([1, 4]))
     constants, nodes, last = [], [], x
-    for k in range(count):
-        size, shape = ((4, (2, 2)), (2, (1, 4)))[k % 2]
+    for k in range(count + 1):
+        rows, size = ((1, 4), (2, 2))[k % 2]
+        if k:
+            target = onnx.tensor(np.array((rows, size)), name=f"s{k}")
+            constants.append(onnx.Value(name=f"s{k}", const_value=target))
+            nodes.append(onnx.node("Reshape", [last, constants[-1]]))
+            last = nodes[-1].outputs[0]
         weight = onnx.tensor(np.eye(size, dtype=np.float32), name=f"w{k}")
-        target = onnx.tensor(np.array(shape), name=f"s{k}")
-        values = [onnx.Value(name=str(t.name), const_value=t) for t in (weight, target)]
-        constants += values
-        nodes.append(onnx.node("MatMul", [last, values[0]]))
-        nodes.append(onnx.node("Reshape", [nodes[-1].outputs[0], values[1]]))
+        constants.append(onnx.Value(name=f"w{k}", const_value=weight))
+        nodes.append(onnx.node("MatMul", [last, constants[-1]]))
         last = nodes[-1].outputs[0]
     return _model([x], nodes, constants)
 

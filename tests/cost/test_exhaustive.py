@@ -23,7 +23,7 @@ SIZES = st.sampled_from([1, 2, 5, 16, 60, 250])
 
 
 def scheduler_of(term: Term, output: tuple[Index, ...], sizes: dict[str, int]) -> Scheduler:
-    return Scheduler(term, output, sizes, PROFILE, 4)
+    return Scheduler(term, [(index,) for index in output], sizes, PROFILE, 4)
 
 
 def any_merge(group: tuple[int, ...]) -> Tree:
@@ -151,9 +151,9 @@ def test_networks(name: str, batch: int, shown: bool) -> None:
     text, output = NETWORKS[name]
     term = term_of(text)
     sizes = {**dict.fromkeys("ijk", 24), **dict.fromkeys("opq", 40), **dict.fromkeys("rstu", 6), "b": batch, "c": 3}
-    axes = ((output[:1],) if output else ()) + ((tuple(output[1:]),) if output[1:] else ())
     result = [Index(letter, 2) for letter in output]
-    compare(Scheduler(term, result, sizes, PROFILE, 4, [tuple(axis) for axis in axes] if shown else ()))
+    axes = [axis for axis in (result[:1], result[1:]) if axis]
+    compare(Scheduler(term, axes, sizes, PROFILE, 4, shown))
 
 
 def test_the_best_come_first_and_what_costs_too_much_is_not_followed() -> None:

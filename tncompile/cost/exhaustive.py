@@ -99,18 +99,7 @@ class _Search:
                     here.append((total, layout, (x[2], y[2]), self.scheduler.lies(form)))
         limit = self.keep if whole else 2
         ways = [way for here in found.values() for way in _cheapest(here, limit)]
-        return ways if whole else self._undominated(ways)
-
-    def _undominated(self, ways: Sequence[_Way]) -> list[_Way]:
-        """Without the ways whose layout is cheaper to get from another way by a transpose."""
-        kept: list[_Way] = []
-        for seconds, layout, tree, lies in sorted(ways, key=lambda way: way[0]):
-            if len(kept) == 2 * KEPT_LAYOUTS:
-                break
-            if kept and kept[0][1] != layout and kept[0][0] + self.scheduler.permute(kept[0][1], layout) < seconds:
-                continue
-            kept.append((seconds, layout, tree, lies))
-        return kept
+        return ways if whole else heapq.nsmallest(2 * KEPT_LAYOUTS, ways, key=lambda way: way[0])
 
     def _pairs(self, a: int, b: int) -> Iterator[tuple[_Way, _Way, bool]]:
         if not b & self.operands:

@@ -113,15 +113,18 @@ def _size(names: Iterable[str], sizes: Sizes) -> int:
     return math.prod(sizes[n] for n in names)
 
 
-def price(term: Term, output: Sequence[Index], sizes: Sizes, profile: DeviceProfile, itemsize: int) -> Schedule:
-    """The cost of a scheduled term at some sizes, with that of slicing and of putting the slices together."""
+def price(
+    term: Term, output: Sequence[Sequence[Index]], sizes: Sizes, profile: DeviceProfile, itemsize: int
+) -> Schedule:
+    """The cost of a scheduled term, whose result has these axes, at some sizes, with that of slicing and of putting the
+    slices together."""
     steps = term.steps or ()
     part_sizes = sliced_sizes(sizes, term.slices)
     one = Scheduler(term, output, part_sizes, profile, itemsize).price(steps)
     count = math.prod(s.count for s in term.slices)
     if count == 1:
         return one
-    names = [i.name for i in output]
+    names = [i.name for axis in output for i in axis]
     layouts = [reduced_layout(term, p, names) for p in range(len(term.tensors))]
     cut = {s.index for s in term.slices}
     copied = [a for a, t in zip(layouts, term.tensors, strict=True) if not t.is_core and cut & {*a}]

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tncompile.cost.layouts import (
+    MAX_SPACE,
     Classes,
     Layout,
     classify,
@@ -84,27 +85,28 @@ class _Way:
 class Scheduler:
     """Schedules trees of one term. `sizes` gives every index of the term its size, in elements.
 
-    `shown` are the axes of the result where it is an output of the model: ONNX Runtime writes an output into memory of
-    its own, so that a Reshape at the end is a copy. Anywhere else it costs nothing. `in_order`: the free modes of a
-    core stand in the order of the output, as ONNX Runtime's attention reads them.
+    `output` are the axes of the result, which is `shown` where it is an output of the model: ONNX Runtime writes an
+    output into memory of its own, so that a Reshape at the end is a copy. Anywhere else it costs nothing. `in_order`:
+    the free modes of a core stand in the order of the output, as ONNX Runtime's attention reads them.
     """
 
     def __init__(
         self,
         term: Term,
-        output: Sequence[Index],
+        output: Sequence[Sequence[Index]],
         sizes: Mapping[str, int],
         profile: DeviceProfile,
         itemsize: int,
-        shown: Sequence[Layout] = (),
+        shown: bool = False,
         in_order: bool = False,
     ) -> None:
         self.term = term
-        self.output = tuple(i.name for i in output)
+        self.axes = tuple(tuple(i.name for i in axis) for axis in output)
+        self.output = tuple(name for axis in self.axes for name in axis)
         self.sizes = sizes
         self.profile = profile
         self.itemsize = itemsize
-        self.shown = tuple(shown)
+        self.shown = shown
         self.in_order = in_order
         self.windows = term.windows
         self._layouts = reduced_layouts(term, self.output)
@@ -119,8 +121,8 @@ class Scheduler:
         if not self.shown:
             return seconds
         free = {i for i in layout if i not in left}
-        merged = [axis for axis in self.shown if len(axis) > 1]
-        if not merged or (form == "matmul" and merged == [self.shown[-1]] and free == {*self.shown[-1]}):
+        merged = [axis for axis in self.axes if len(axis) > 1]
+        if not merged or (form == "matmul" and merged == [self.axes[-1]] and free == {*self.axes[-1]}):
             return seconds
         return seconds + self.profile.copy_time(self.size(layout), self.itemsize)
 
@@ -291,7 +293,7 @@ class Scheduler:
         batch = self.size(before) * self.size(c.batch)
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
         seconds = turned + self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
-        if before and not c.batch and after == self._shown(x)[-len(after) :]:  # may run as a 1x1 convolution
+        if before and not c.batch and self._is_space(x, after):  # a 1x1 convolution
             direct = turned and self.profile.is_direct(k, len(after), self.itemsize)
             alone = self.profile.conv_time(batch, k, m, n, self.itemsize)
             seconds = min(seconds, self.profile.direct_time(batch, k, m, 1, n) if direct else turned + alone)
@@ -302,10 +304,17 @@ class Scheduler:
         """The axes of the windows that a contraction slides over: it multiplies at each place that they leave."""
         return {w.axis for w in self.windows if w.axis in union and w.out in kept}
 
-    def _shown(self, x: Layout) -> Layout:
-        """The output's indices as a layout has them: before its windows, where they are not taken yet."""
+    def _is_space(self, x: Layout, modes: Layout) -> bool:
+        """Whether modes of a layout are the last axes of the result, or will be once windows over them are taken."""
         later = {w.out: w.axis for w in self.windows if w.axis in x}
-        return tuple(later.get(i, i) for i in self.output) if later else self.output
+        axes: list[Layout] = []
+        for axis in self.axes[:0:-1]:
+            axes.insert(0, tuple(later.get(i, i) for i in axis))
+            if not axes[0] or len(axes) > MAX_SPACE:
+                return False
+            if tuple(i for a in axes for i in a) == modes:
+                return True
+        return False
 
     def _convolutions(
         self, x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str], lies: Lies

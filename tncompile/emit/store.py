@@ -153,7 +153,7 @@ def _scheduled(recipe: Recipe) -> tuple[Term, Schedule]:
     operands = tuple(Tensor(str(p), part.axes) for p, part in enumerate(recipe.term.tensors))
     term = Term(operands, recipe.term.order)
     sizes = {name: int(index.size) for name, index in term.indices.items()}
-    return term, Scheduler(term, recipe.kept, sizes, default_profile(), 4).schedule(term.order)
+    return term, Scheduler(term, [recipe.kept], sizes, default_profile(), 4).schedule(term.order)
 
 
 def _seconds(core: Tensor) -> float:
