@@ -15,7 +15,7 @@ from tncompile.errors import LoadError
 VERSION = 1
 _BRANCH = 7e-6
 _IMAGE = 1.5e-7  # seconds, to begin one image of one group
-_NARROW = 4.0  # how many times as slow as the best rate the products of a few channels are
+_NARROW = 2.0  # how many times as slow as large products the products of a few channels are
 BLOCK = 8
 """Channels that ONNX Runtime keeps side by side in a convolution, on any processor."""
 _ALIGNED = 4  # channels of an image that is put in blocks come in multiples of so many
@@ -150,9 +150,9 @@ class DeviceProfile:
             unfolded = self.copy(images * channels * taps * space) if taps > 1 else 0.0
             return self.conv_time(images, channels * taps, filters, space, itemsize) + unfolded * width
         if channels == filters == 1 and groups % BLOCK == 0:
-            return 4 * self.node + (2 * self.copy(outputs) + 2.0 * outputs * taps / self.flops) * width
+            return 4 * self.node + (2 * self.copy(outputs) + outputs * taps / self.sustained) * width
         unfolded = self.copy(images * channels * taps * space)
-        products = 2.0 * outputs * channels * taps / self.flops
+        products = 2.0 * outputs * channels * taps / self.sustained
         return self.node + images * _IMAGE + (1.5 * unfolded + _NARROW * products) * width
 
     def is_direct(self, channels: int, axes: int, itemsize: int) -> bool:
