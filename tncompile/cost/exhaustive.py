@@ -8,7 +8,7 @@ keeps its cheapest ways *by layout*, so that the transposes between steps are pa
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from tncompile.cost.layouts import Layout, slide
 from tncompile.cost.schedule import KEPT_LAYOUTS, Lies, Scheduler
