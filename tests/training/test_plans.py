@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests import strategies
 from tests.helpers import program_of
 from tncompile.cost.devices import default_profile
-from tncompile.cost.training import TrainingCost, cheapest_tree, is_recomputed
+from tncompile.cost.slices import Cut, best_cut, cut_of, moved, peak_of
+from tncompile.cost.training import Arrangement, TrainingCost, cheapest_tree, is_recomputed
 from tncompile.emit.module.contraction import Contraction
 from tncompile.emit.module.plan import plan_of, sizes_of
 from tncompile.ir import Index, Network, Switch, dims
@@ -52,7 +53,16 @@ def contraction(network: Network, symbols: Mapping[str, int], share: float) -> t
     return Contraction("", found, [plan], []), [dims.evaluate(i.size, symbols) for i in found.given]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def drawn_cut(data: st.DataObject, cost: TrainingCost, arranged: Arrangement) -> Cut | None:
+    """Slices of any index, in any number."""
+    names = sorted({name for layout in cost.layouts for name in layout})
+    if not arranged.pairs or not names:
+        return None
+    index, count = data.draw(st.sampled_from(names)), data.draw(st.sampled_from([1, 2, 3, 7]))
+    return cut_of(arranged.pairs, cost.layouts, index, count)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_values_and_gradients_of_random_networks(data: st.DataObject) -> None:
     _, network = data.draw(strategies.networks("float64", max_tensors=6))
@@ -65,7 +75,13 @@ def test_values_and_gradients_of_random_networks(data: st.DataObject) -> None:
     for tensor, need in zip(network.tensors, needs, strict=True):
         shape = [dims.evaluate(d, symbols) for d in tensor.shape]
         tensors.append(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(need))
-    module, given_sizes = contraction(network, symbols, data.draw(st.sampled_from([0.0, 0.05, math.inf])))
+    share = data.draw(st.sampled_from([0.0, 0.05, math.inf]))
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            patch.setattr(
+                "tncompile.emit.module.plan.best_cut", lambda cost, arranged, _: drawn_cut(data, cost, arranged)
+            )
+        module, given_sizes = contraction(network, symbols, share)
     found, wanted = module(tensors, given_sizes), expected(network, tensors, symbols)
     assert found.shape == wanted.shape
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
