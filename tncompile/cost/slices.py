@@ -13,12 +13,14 @@ START = 4e-5
 """Seconds that PyTorch takes to begin a function of ours, forward and backward."""
 STEP = 1.5e-5
 """Seconds that a product in a slice takes beyond `CALL`: a call from Python, a slice to be cut and put in its place."""
-FOLD = 5.0
-"""How many times as long as not keeping intermediates slices may take, for each time by which the peak gets smaller."""
+LONGER = 15.0
+"""How many times the share of a step that not keeping intermediates may add slices may add: they lower its peak."""
+MEMORY = 0.25
+"""What memory counts beside time: slices are chosen for the least time · memory ** MEMORY."""
 WORTH = 0.05
 """By how much of itself memory must get less to be worth more slices."""
-SMALL = 1 << 18
-"""Bytes at the peak below which no slices are made."""
+SMALL = 1 << 24
+"""Bytes at the peak below which memory is not worth a longer step, and slices gain nothing from caches."""
 _COUNTS = (2, 4, 8, 16, 32, 64)
 
 
@@ -94,15 +96,20 @@ def seconds_of(cost: TrainingCost, pairs: Sequence[Pair], cut: Cut) -> float:
         once = part.step(pair, sides, trained) + STEP * (1 + sum(trained))
         for number, layout, need in zip((pair.left, pair.right), sides, trained, strict=True):
             if not cut.first <= number - len(cost.layouts) < k:
-                once += need * part.copy(layout)  # its gradient, into the whole
+                once += need * _put(part, layout)  # its gradient
                 if fits(layout, pair) and not _cuts_well(layout, pair, cut.index):
                     once += (1 + any(trained)) * part.copy(layout)
         if k + 1 < cut.last:
             once += part.again(pair, pairs) + STEP
         else:
-            once += part.copy(pair.result)
+            once += _put(part, pair.result)
         seconds += cut.count * once
     return seconds
+
+
+def _put(part: TrainingCost, layout: Layout) -> float:
+    """Seconds to put what a slice makes into the whole, or to add it to that."""
+    return part.profile.copy_time(part.size(layout), part.itemsize)
 
 
 def _cuts_well(layout: Layout, pair: Pair, index: str) -> bool:
@@ -135,7 +142,9 @@ def peak_of(cost: TrainingCost, pairs: Sequence[Pair], cut: Cut | None = None) -
     """
     lies, needs = _described(cost, pairs)
     result = cost.size(lies[-1])
-    return (result + _Sweep(pairs, lies, needs).peak(cost, range(len(pairs)), cut, result)) * cost.itemsize
+    if cut is not None and cut.last == len(pairs) and lies[-1] != tuple(n for n in cost.output if n in lies[-1]):
+        result += result  # its gradient is turned once for all slices
+    return (result + _Sweep(pairs, lies, needs).peak(cost, range(len(pairs)), cut, cost.size(lies[-1]))) * cost.itemsize
 
 
 @dataclass(frozen=True)
@@ -204,10 +213,8 @@ class _Sweep:
 
 
 def best_cut(cost: TrainingCost, arrangement: Arrangement, share: float) -> Cut | None:
-    """The slices with which a term's step needs least memory, of equals the fewest.
-
-    They may add `FOLD` times `share` to its time for each time by which its peak gets smaller. None where the peak gets
-    smaller by less than `WORTH` of itself.
+    """The slices that save most memory for the time that they take; None where they take `LONGER` times `share` longer
+    or save less than `WORTH` of the peak. Where `share` is inf, those with the lowest peak, of equals the fewest.
     """
     pairs = arrangement.pairs
     if share == 0 or len(pairs) < 2 or not any(cost.trained):
@@ -218,12 +225,14 @@ def best_cut(cost: TrainingCost, arrangement: Arrangement, share: float) -> Cut 
     found = []
     for cut in _cuts(cost, pairs):
         order = moved(pairs, len(cost.layouts), cut)
-        peak = peak_of(cost, order, cut)
-        added = seconds_of(cost, order, cut) / arrangement.seconds - 1
-        if added <= FOLD * share * whole / peak and peak <= whole * (1 - WORTH):
-            found.append((peak, cut))
-    least = min((peak for peak, _ in found), default=0)
-    return min((c for peak, c in found if peak <= least * (1 + WORTH)), key=lambda c: c.count, default=None)
+        peak, seconds = peak_of(cost, order, cut), seconds_of(cost, order, cut)
+        if seconds <= arrangement.seconds * (1 + LONGER * share) and peak <= whole * (1 - WORTH):
+            found.append((peak, seconds, cut))
+    if not found or share < math.inf:
+        worth = min(found, key=lambda f: f[1] * f[0] ** MEMORY, default=None)
+        return worth and worth[2]
+    least = min(peak for peak, _, _ in found)
+    return min((cut for peak, _, cut in found if peak <= least * (1 + WORTH)), key=lambda c: c.count)
 
 
 def _cuts(cost: TrainingCost, pairs: Sequence[Pair]) -> Iterator[Cut]:

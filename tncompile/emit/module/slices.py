@@ -57,6 +57,7 @@ class _InSlices(torch.autograd.Function):
             trained = [t for t, need in zip(tensors, needs, strict=True) if need]
             found = iter(torch.autograd.grad(_result(step.products, tensors), trained, grad, create_graph=True))
             return None, *(next(found) if need else None for need in needs)
+        grad = grad.contiguous()  # turned once, and not for each slice
         totals = [_Total(axis) for axis in step.axes[: len(tensors)]]
         for start, length, size in _parts(step, tensors):
             values = _values(step.products[:-1], _cut(step, tensors, start, length))
