@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from tests import strategies
 from tests.helpers import program_of
 from tncompile.cost.devices import default_profile
-from tncompile.cost.training import TrainingCost, cheapest_tree, is_recomputed
+from tncompile.cost.slices import Cut, best_cut, cut_of, moved, peak_of, seconds_of
+from tncompile.cost.training import Arrangement, TrainingCost, cheapest_tree, is_recomputed
 from tncompile.emit.module.contraction import Contraction
 from tncompile.emit.module.plan import plan_of, sizes_of
+from tncompile.emit.module.steps import Sliced
 from tncompile.ir import Index, Network, Switch, dims
 from tncompile.passes import Context
 from tncompile.passes.training import TrainingOrder
@@ -52,7 +55,16 @@ def contraction(network: Network, symbols: Mapping[str, int], share: float) -> t
     return Contraction("", found, [plan], []), [dims.evaluate(i.size, symbols) for i in found.given]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def drawn_cut(data: st.DataObject, cost: TrainingCost, arranged: Arrangement) -> Cut | None:
+    """Slices of any index, in any number."""
+    names = sorted({name for layout in cost.layouts for name in layout})
+    if not arranged.pairs or not names:
+        return None
+    index, count = data.draw(st.sampled_from(names)), data.draw(st.sampled_from([1, 2, 3, 7]))
+    return cut_of(arranged.pairs, cost.layouts, index, count)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_values_and_gradients_of_random_networks(data: st.DataObject) -> None:
     _, network = data.draw(strategies.networks("float64", max_tensors=6))
@@ -65,7 +77,13 @@ def test_values_and_gradients_of_random_networks(data: st.DataObject) -> None:
     for tensor, need in zip(network.tensors, needs, strict=True):
         shape = [dims.evaluate(d, symbols) for d in tensor.shape]
         tensors.append(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(need))
-    module, given_sizes = contraction(network, symbols, data.draw(st.sampled_from([0.0, 0.05, math.inf])))
+    share = data.draw(st.sampled_from([0.0, 0.05, math.inf]))
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            patch.setattr(
+                "tncompile.emit.module.plan.best_cut", lambda cost, arranged, _: drawn_cut(data, cost, arranged)
+            )
+        module, given_sizes = contraction(network, symbols, share)
     found, wanted = module(tensors, given_sizes), expected(network, tensors, symbols)
     assert found.shape == wanted.shape
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
@@ -116,6 +134,85 @@ def test_second_derivatives() -> None:
     module, _ = contraction(network, {"batch": 3}, 0.0)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
     assert torch.autograd.gradgradcheck(lambda *given: module(given, []), tensors)
+
+
+@pytest.mark.parametrize("index", ["batch", "i1", "i2", "r", "o1", "o2"])
+def test_derivatives_of_slices(monkeypatch: pytest.MonkeyPatch, index: str) -> None:
+    """First and second ones, forward ones, and of single examples by torch.func."""
+
+    def cut(cost: TrainingCost, arranged: Arrangement, _: float) -> Cut | None:
+        return cut_of(arranged.pairs, cost.layouts, index, 2) if arranged.pairs else None
+
+    monkeypatch.setattr("tncompile.emit.module.plan.best_cut", cut)
+    (network,) = program_of(CHAIN).networks
+    module, _ = contraction(network, {"batch": 3}, 0.0)
+    assert any(isinstance(step, Sliced) for step in module.plans[0].terms[0].steps)
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
+    assert torch.autograd.gradcheck(lambda *given: module(given, []), tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda *given: module(given, []), tensors)
+
+    def loss(core: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return module([x[None], core, *tensors[2:]], []).pow(2).sum()
+
+    single = torch.func.vmap(torch.func.grad(loss), (None, 0))(tensors[1], tensors[0])
+    (whole,) = torch.autograd.grad(module(tensors, []).pow(2).sum(), tensors[1])
+    torch.testing.assert_close(single.sum(0), whole)
+
+
+DENSE = """
+program
+  input x: float32[batch, 512]
+  input a: float32[512, 64]
+  input b: float32[64, 512]
+  network y: float32[batch, 512]
+    indices batch=batch, i=512, r=64, o=512
+    term
+      0 operand x[batch, i]
+      1 operand a[i, r]
+      2 operand b[r, o]
+      order (0 (1 2))
+    -> y[batch, o]
+  output y = y
+"""
+
+
+def allocated(module: Contraction, tensors: Sequence[torch.Tensor]) -> int:
+    """The most bytes that PyTorch allocates at once, forward and backward."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        module(tensors, []).sum().backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_slices_lower_the_peak_as_predicted() -> None:
+    """A merged weight of 1 MB and its gradient, never there as a whole."""
+    (network,) = program_of(DENSE).networks
+    sizes = {"batch": 16, "i": 512, "r": 64, "o": 512}
+    cost = TrainingCost([("batch", "i"), ("i", "r"), ("r", "o")], ("batch", "o"), sizes, [True] * 3, PROFILE)
+    arranged = cost.arrange(network.terms[0].order)
+    cut = best_cut(cost, arranged, math.inf)
+    assert cut is not None and cut.index in "io"
+    pairs = moved(arranged.pairs, 3, cut)
+    peaks = []
+    for share, predicted in ((0.0, peak_of(cost, arranged.pairs)), (math.inf, peak_of(cost, pairs, cut))):
+        tensors = [torch.randn(s, requires_grad=True) for s in ((16, 512), (512, 64), (64, 512))]
+        module, _ = contraction(network, {"batch": 16}, share)
+        peaks.append(allocated(module, tensors))
+        assert predicted == pytest.approx(peaks[-1], rel=0.25)
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_slices_take_no_longer_than_allowed() -> None:
+    """None where all is kept; within 15% for the share of ``memory="auto"``."""
+    sizes = {"batch": 256, "i": 2048, "r": 16, "o": 2048}
+    cost = TrainingCost([("batch", "i"), ("i", "r"), ("r", "o")], ("batch", "o"), sizes, [True] * 3, PROFILE)
+    arranged = cost.arrange((0, (1, 2)))
+    assert best_cut(cost, arranged, 0.0) is None
+    cut = best_cut(cost, arranged, 0.01)
+    assert cut is not None
+    pairs = moved(arranged.pairs, 3, cut)
+    assert seconds_of(cost, pairs, cut) <= 1.15 * arranged.seconds
+    assert peak_of(cost, pairs, cut) < 0.7 * peak_of(cost, arranged.pairs)
 
 
 def kept_bytes(module: Contraction, tensors: Sequence[torch.Tensor]) -> int:

@@ -135,10 +135,10 @@ class TrainingCost:
         seconds = self.forward(pair)
         for number, side in zip((pair.left, pair.right), pair.sides, strict=True):
             if number < len(self.layouts) and not fits(self.layouts[number], pair):
-                seconds += self._copy(side)
+                seconds += self.copy(side)
         number = len(self.layouts) + pairs.index(pair)
         copied = any(n == number and not fits(pair.result, p) for p in pairs for n in (p.left, p.right))
-        return seconds + copied * self._copy(pair.result)
+        return seconds + copied * self.copy(pair.result)
 
     # ------------------------------------------------------------------------------ a tree
 
@@ -174,20 +174,25 @@ class TrainingCost:
     def _ending(self, way: _Way) -> float:
         """To bring the result into the order of the output, and its gradient back."""
         wanted = tuple(name for name in self.output if name in way.layout)
-        return 0.0 if wanted == way.layout else 2 * self._copy(way.layout)
+        return 0.0 if wanted == way.layout else 2 * self.copy(way.layout)
 
     def _ways(self, x: _Way, y: _Way, kept: Collection[str]) -> Iterator[_Way]:
         for left, right in ((x, y), (y, x)):
             for pair in pairs_of(left.layout, right.layout, kept):
-                seconds = self.forward(pair) + self.backward(pair, left.trained, right.trained)
-                for side, wanted in zip((left, right), pair.sides, strict=True):
-                    if not fits(side.layout, pair):
-                        # turned for the product, for the gradient of the other side, and its own gradient turned back
-                        seconds += (2 + side.trained) * self._copy(wanted)
+                seconds = self.step(pair, (left.layout, right.layout), (left.trained, right.trained))
                 total = left.seconds + right.seconds + seconds
                 yield _Way(total, pair.result, (left.plan, right.plan, pair), left.trained or right.trained)
 
-    def _copy(self, layout: Layout) -> float:
+    def step(self, pair: Pair, lies: tuple[Layout, Layout], trained: tuple[bool, bool]) -> float:
+        """Seconds to compute a pair forward and backward, with copies of its sides, which lie so."""
+        seconds = self.forward(pair) + self.backward(pair, *trained)
+        for layout, wanted, needs in zip(lies, pair.sides, trained, strict=True):
+            if not fits(layout, pair):
+                # turned for the product, for the gradient of the other side, and its own gradient turned back
+                seconds += (2 + needs) * self.copy(wanted)
+        return seconds
+
+    def copy(self, layout: Layout) -> float:
         return self.profile.permute_time(self.size(layout), 1, self.itemsize)
 
 

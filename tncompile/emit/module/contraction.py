@@ -10,7 +10,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tncompile.emit.module.plan import NetworkPlan, Prepared, Sizes, TermPlan
-from tncompile.emit.module.products import run
+from tncompile.emit.module.products import product
+from tncompile.emit.module.slices import in_slices
+from tncompile.emit.module.steps import Sliced
 
 Tensor = torch.Tensor
 
@@ -103,6 +105,21 @@ def _term(plan: TermPlan, tensors: Sequence[Tensor]) -> Tensor:
     else:
         result = run(plan, *tensors)
     return result if plan.turn == (*range(result.ndim),) else result.permute(plan.turn)
+
+
+def run(plan: TermPlan, *tensors: Tensor) -> Tensor:
+    """The result of all steps of a term, from its prepared tensors.
+
+    Slices apart, PyTorch's own autograd is the sweep back over the tree: it keeps what the products take, as it was
+    turned for them, and lets go of it one by one. A function of our own was slower, and at its peak took more memory.
+    """
+    values = [*tensors]
+    for step in plan.steps:
+        if isinstance(step, Sliced):
+            values.append(in_slices(step, [values[n] for n in step.reads]))
+        else:
+            values.append(product(step, values[step.left], values[step.right]))
+    return values[-1]
 
 
 def _traced(plan: TermPlan, tensors: Sequence[Tensor]) -> Tensor:

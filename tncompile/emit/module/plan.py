@@ -7,30 +7,12 @@ from dataclasses import dataclass
 
 from tncompile.cost.layouts import Layout
 from tncompile.cost.profile import DeviceProfile
-from tncompile.cost.training import Form, Pair, fits, is_recomputed
+from tncompile.cost.slices import best_cut
+from tncompile.cost.training import is_recomputed
+from tncompile.emit.module.steps import Step, Turn, steps_of
 from tncompile.errors import UnsupportedError
 from tncompile.ir import Index, Network, Tensor, Term
 from tncompile.passes.training import training_cost
-
-Turn = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Product:
-    """A `Pair` in positions: `turns` bring the sides into the order of the product.
-
-    The first `batch` axes of a turned side are kept by both, the last `summed` ones of the left are summed; of the form
-    ``outer_last`` the last `batch` axes are kept by both. Where the result is to lie as the product that takes it needs
-    it, `laid` is the permutation that does so.
-    """
-
-    left: int
-    right: int
-    form: Form
-    turns: tuple[Turn, Turn]
-    batch: int
-    summed: int
-    laid: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +41,7 @@ class TermPlan:
     tensors: tuple[int, ...]
     prepared: tuple[Prepared, ...]
     layouts: tuple[Layout, ...]
-    products: tuple[Product, ...]
+    steps: tuple[Step, ...]
     again: bool
     turn: Turn
     result: Layout
@@ -158,20 +140,15 @@ def _term(
     lies = [_layout(p) for p in prepared]
     cost.layouts = lies
     arranged = cost.arrange(term.order)
-    wanted = _wanted(arranged.pairs, len(lies))
-    products = []
-    for pair in arranged.pairs:
-        laid = wanted.get(len(lies))
-        products.append(_product(pair, lies, laid))
-        lies.append(laid or pair.result)
-    last = lies[-1]
+    cut = best_cut(cost, arranged, share)
+    steps, last = steps_of(arranged.pairs, lies, cut, cost.size)
     result = tuple(name for name in output if name in last)
     return TermPlan(
         positions,
         prepared,
-        tuple(lies[: len(prepared)]),
-        tuple(products),
-        is_recomputed(cost, arranged, share),
+        tuple(lies),
+        tuple(steps),
+        cut is None and is_recomputed(cost, arranged, share),
         tuple(last.index(name) for name in result),
         result,
         tuple(axis for axis, name in enumerate(output) if name not in last),
@@ -205,21 +182,3 @@ def _layout(prepared: Prepared) -> Layout:
         name = lies[first]
         lies = [n for k, n in enumerate(lies) if k not in (first, second)] + [name]
     return tuple(name for k, name in enumerate(lies) if k not in prepared.sums)
-
-
-def _wanted(pairs: Sequence[Pair], count: int) -> dict[int, Layout]:
-    """How results are to lie that have to be copied for the product that takes them: copied once, where they are made,
-    and not again for each gradient."""
-    return {
-        number: side
-        for pair in pairs
-        for number, side in zip((pair.left, pair.right), pair.sides, strict=True)
-        if number >= count and not fits(pairs[number - count].result, pair)
-    }
-
-
-def _product(pair: Pair, lies: Sequence[Layout], laid: Layout | None) -> Product:
-    sides = zip((lies[pair.left], lies[pair.right]), pair.sides, strict=True)
-    left, right = (tuple(before.index(name) for name in after) for before, after in sides)
-    turned = None if laid is None else tuple(pair.result.index(name) for name in laid)
-    return Product(pair.left, pair.right, pair.form, (left, right), len(pair.batch), len(pair.summed), turned)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tncompile.emit.module.plan import Product, TermPlan
+from tncompile.emit.module.steps import Product
 
 Tensor = torch.Tensor
 
@@ -43,15 +43,3 @@ def _shaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
     """A view of a result that nothing else has, which autograd then lets be added to in place."""
     view: Tensor = torch.ops.aten._unsafe_view.default(fresh, shape)
     return view
-
-
-def run(plan: TermPlan, *tensors: Tensor) -> Tensor:
-    """The result of all products of a term, from its prepared tensors.
-
-    PyTorch's own autograd is the sweep back over the tree: it keeps what the products take, as it was turned for them,
-    and lets go of it one by one. A function of our own was slower, and at its peak took more memory.
-    """
-    values = [*tensors]
-    for step in plan.products:
-        values.append(product(step, values[step.left], values[step.right]))
-    return values[-1]
