@@ -46,8 +46,8 @@ class Layout(Pass):
        networks, are all that reads it or what they make of it. It is no output of the model. Values that networks
        alone read stay: attention is made of such, and must be told by them when the model is emitted.
     2. The modes of all these networks nest. A batch may move behind others; of two run-time sizes in front none does.
-    3. With the networks around it ordered and scheduled anew, their cores as they are, the predicted time rises at no
-       batch size and falls by `margin` on average; else nothing is changed.
+    3. With the networks around it ordered and scheduled anew, their cores as they are, the predicted time falls by
+       `margin` on average and rises by more than that at no batch size; else nothing is changed.
     4. Values joined by a sum or a product of whole networks are also tried together.
     5. Plans were chosen by prediction: what was measured is not changed by what is not.
 
@@ -84,7 +84,7 @@ class Layout(Pass):
         for order in work.candidates(modes, region):
             found = relaid(modes, region, order, work.rescheduled)
             seconds = work.seconds(found, region)
-            if all(new <= old * (1 + 1e-9) for new, old in zip(seconds, now, strict=True)) and _mean(
+            if all(new <= old * (1 + self.margin) for new, old in zip(seconds, now, strict=True)) and _mean(
                 seconds, now
             ) < _mean(least, now):
                 best, least, chosen = found, seconds, order
