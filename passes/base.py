@@ -33,7 +33,8 @@ class Context:
     `batches` are the sizes of the symbol ``batch`` that matter; `sizes` those of all other symbols. Without a
     `timer`, plans are chosen by prediction alone. `max_memory` bounds the bytes that the operands and intermediates
     of a network take at once. `outputs` names the values that the model shows,
-    `attended` those that meet another run-time value, as in attention. `compact`: nothing is computed at compile time
+    `attended` those that meet another run-time value, as in attention, `images` those that convolutions leave in blocks
+    of channels. `compact`: nothing is computed at compile time
     that has more numbers than what it is made of, and each network has one plan, so that the file does not grow.
     """
 
@@ -44,6 +45,7 @@ class Context:
     max_memory: int | None = None
     outputs: frozenset[str] = frozenset()
     attended: frozenset[str] = frozenset()
+    images: frozenset[str] = frozenset()
     compact: bool = False
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from tncompile.passes.clean import Clean
 from tncompile.passes.dense import Dense
 from tncompile.passes.fold import Fold
 from tncompile.passes.gathers import Gathers
+from tncompile.passes.images import images
 from tncompile.passes.join import Join
 from tncompile.passes.layout import Layout
 from tncompile.passes.limit import Limit
@@ -77,7 +78,7 @@ class Pipeline:
         stage: Stage = "traced"
         for step in passes:
             start = time.perf_counter()
-            program, changes = step.run(program, context)
+            program, changes = step.run(program, replace(context, images=images(program)))
             if not isinstance(step, _SCHEDULED):
                 stage = "scheduled" if isinstance(step, Order) else "traced"
             try:

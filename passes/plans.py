@@ -182,7 +182,7 @@ def scheduler(
     sizes = context.index_sizes(network, batch)
     output = network.output
     shown, attended = output.name in context.outputs, output.name in context.attended
-    return kind(term, output.axes, sizes, context.profile, itemsize, shown, attended)
+    return kind(term, output.axes, sizes, context.profile, itemsize, shown, attended, context.images)
 
 
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
@@ -247,7 +247,9 @@ def constant_parts(term: Term, tree: Tree) -> list[Tree]:
 def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]:
     """What decides a search: the shapes and roles of the tensors, not their names or numbers."""
     number = {name: k for k, name in enumerate(dict.fromkeys((*term.indices, *(w.out for w in term.windows))))}
-    tensors = tuple((t.is_core, tuple((number[i.name], i.size) for i in t.indices)) for t in term.tensors)
+    tensors = tuple(
+        (t.is_core, t.name in context.images, tuple((number[i.name], i.size) for i in t.indices)) for t in term.tensors
+    )
     windows = tuple(w.form(number) for w in term.windows)
     name, output = network.output.name, network.output.form(number)
     return tensors, output, windows, term.order, network.dtype, name in context.outputs, name in context.attended

@@ -11,10 +11,10 @@ import heapq
 from collections.abc import Callable, Iterator
 
 from tncompile.cost.layouts import Layout, slide
-from tncompile.cost.schedule import KEPT_LAYOUTS, Lies, Scheduler
+from tncompile.cost.schedule import KEPT_LAYOUTS, Scheduler
 from tncompile.ir.tree import Tree
 
-_Way = tuple[float, Layout, Tree, Lies]
+_Way = tuple[float, Layout, Tree, bool]
 MAX_WORK = 7_000
 """About how many pairs of ways a search may look at: a term of seven cores on one operand."""
 
@@ -70,11 +70,13 @@ class _Search:
         for mask in sorted(range(1, self.all + 1), key=int.bit_count):
             if mask & (mask - 1) == 0:
                 position = mask.bit_length() - 1
-                self.ways[mask] = [(0.0, self.scheduler.layout(position), position, "anyhow")]
+                self.ways[mask] = [
+                    (0.0, self.scheduler.layout(position), position, self.scheduler.comes_in_blocks(position))
+                ]
             elif not mask & self.operands:
                 joins = self._connected(mask) or self.scheduler.size(self._kept(mask)) <= SMALL
                 tree = self.merged(tuple(self._positions(mask))) if joins else None
-                self.ways[mask] = [] if tree is None else [(0.0, self._kept(mask), tree, "anyhow")]
+                self.ways[mask] = [] if tree is None else [(0.0, self._kept(mask), tree, False)]
             else:
                 self.ways[mask] = self._joined(mask)
         best: dict[Tree, float] = {}
@@ -96,7 +98,7 @@ class _Search:
                     if total > self.within:
                         continue
                     here = found.setdefault(layout, [])
-                    here.append((total, layout, (x[2], y[2]), self.scheduler.lies(form)))
+                    here.append((total, layout, (x[2], y[2]), self.scheduler.leaves_blocks(form, layout)))
         limit = self.keep if whole else 2
         ways = [way for here in found.values() for way in _cheapest(here, limit)]
         return ways if whole else heapq.nsmallest(2 * KEPT_LAYOUTS, ways, key=lambda way: way[0])

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from tncompile.cost.layouts import (
     MAX_SPACE,
@@ -43,10 +42,9 @@ from tncompile.ir.core import Index, Step, Term, Window
 from tncompile.ir.tree import Tree, flatten, fold_tree
 
 _Form = tuple[float, str, Layout]
-Lies = Literal["anyhow", "in rows", "in blocks"]
-"""How a tensor lies in memory: row by row, or as the convolutions of ONNX Runtime leave images, in blocks of channels;
-what comes into a term, and its result, as those beside it like it, who do the same most often."""
 KEPT_LAYOUTS = 12
+IMAGE = 4
+"""Axes of the values that ONNX Runtime may keep in blocks of channels: batch, channels, and two of space."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,8 @@ class Scheduler:
 
     `output` are the axes of the result, which is `shown` where it is an output of the model: ONNX Runtime writes an
     output into memory of its own, so that a Reshape at the end is a copy. Anywhere else it costs nothing. `in_order`:
-    the free modes of a core stand in the order of the output, as ONNX Runtime's attention reads them.
+    the free modes of a core stand in the order of the output, as ONNX Runtime's attention reads them. `images` are the
+    operands that come in blocks of channels; the result is for one who takes it as it is.
     """
 
     def __init__(
@@ -99,6 +98,7 @@ class Scheduler:
         itemsize: int,
         shown: bool = False,
         in_order: bool = False,
+        images: Collection[str] = (),
     ) -> None:
         self.term = term
         self.axes = tuple(tuple(i.name for i in axis) for axis in output)
@@ -110,6 +110,7 @@ class Scheduler:
         self.in_order = in_order
         self.windows = term.windows
         self._layouts = reduced_layouts(term, self.output)
+        self._blocked = [not t.is_core and t.name in images for t in term.tensors]
 
     def layout(self, position: int) -> Layout:
         """The order of a tensor's indices as it flows in, or as it is stored."""
@@ -154,18 +155,18 @@ class Scheduler:
         term, count = self.term, len(self.term.tensors)
         layouts = [self.layout(p) for p in range(count)]
         seconds, flops, moved, peak = 0.0, 0.0, 0.0, 0
-        lies: list[Lies] = ["anyhow" for _ in range(count)]
+        blocked = [*self._blocked]
         for step in steps:
             x, y = layouts[step.left], layouts[step.right]
             core = step.right < count and term.tensors[step.right].is_core
-            forms = self.forms(x, y, core, {*step.order}, lies[step.left])
+            forms = self.forms(x, y, core, {*step.order}, blocked[step.left])
             same = (s for s, form, order in forms if (form, order) == (step.form, step.order))
             seconds += min(same, default=math.inf)
             flops += 2.0 * self.size({*x, *y, *step.order} - self._taken(step.order, {*x, *y}))
             moved += (self.size(x) + self.size(y) + self.size(step.order)) * self.itemsize
             peak = max(peak, self.size(step.order))
             layouts.append(step.order)
-            lies.append(self.lies(step.form))
+            blocked.append(self.leaves_blocks(step.form, step.order))
         last = steps[-1] if steps else None
         seconds += self.finish(layouts[last.left], last.form, last.order) if last else self._as_it_is(layouts[0])
         return Schedule(tuple(steps), seconds, flops, moved, peak)
@@ -213,7 +214,7 @@ class Scheduler:
         if not b_core:
             pairs += [(y, x, False) for x in a for y in b]
         for x, y, core in pairs:
-            for seconds, form, order in self.forms(x.layout, y.layout, core, kept, self._lies_of(x.plan)):
+            for seconds, form, order in self.forms(x.layout, y.layout, core, kept, self._is_blocked(x.plan)):
                 total = x.seconds + y.seconds + seconds + (self.finish(x.layout, form, order) if root else 0.0)
                 known = found.get(order)
                 if known is None or total < known.seconds:
@@ -222,21 +223,29 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------ one contraction
 
-    def lies(self, form: str) -> Lies:
-        """How the result of a step lies in memory."""
-        return "in blocks" if form == "convolve" and len(self.windows) == 2 and self.itemsize == 4 else "in rows"
+    def comes_in_blocks(self, position: int) -> bool:
+        """Whether a tensor of the term does."""
+        return self._blocked[position]
 
-    def _lies_of(self, plan: _Plan) -> Lies:
-        return "anyhow" if isinstance(plan, int) else self.lies(plan.form)
+    def leaves_blocks(self, form: str, order: Layout) -> bool:
+        """Whether the result of a step, of this form and order, lies in blocks of channels."""
+        if len(self.axes) != IMAGE or self.itemsize != 4 or form not in ("convolve", "core_left"):
+            return False
+        space = self._space(order, IMAGE - 2)
+        return form == "convolve" or (space != () and order[-len(space) :] == space)
 
-    def forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str], lies: Lies = "anyhow") -> Iterable[_Form]:
-        """Every form of one contraction with its seconds, transposes included; `x` lies in memory as said."""
+    def _is_blocked(self, plan: _Plan) -> bool:
+        return self._blocked[plan] if isinstance(plan, int) else self.leaves_blocks(plan.form, plan.order)
+
+    def forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str], blocked: bool = False) -> Iterable[_Form]:
+        """Every form of one contraction with its seconds, transposes included; `blocked`: `x` lies in blocks of
+        channels."""
         windows = [w for w in self.windows if w.axis in x and w.kernel in y]
         if windows:
-            yield from self._convolutions(x, y, windows, kept, lies) if core else ()
+            yield from self._convolutions(x, y, windows, kept, blocked) if core else ()
             return
         c = classify(x, y, kept)
-        turned = self.profile.copy_time(self.size(x), self.itemsize) if lies == "in blocks" else 0.0
+        turned = self.profile.copy_time(self.size(x), self.itemsize) if blocked else 0.0
         if c.summed or (c.left and c.right and not c.batch):
             for seconds, form, order in self._matmuls(x, y, core, c):
                 yield seconds + turned, form, order
@@ -294,7 +303,7 @@ class Scheduler:
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
         seconds = turned + self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
         if before and not c.batch and self._is_space(x, after):  # a 1x1 convolution
-            direct = turned and self.profile.is_direct(k, len(after), self.itemsize)
+            direct = turned and len(self.axes) == IMAGE and self.profile.is_direct(k, 2, self.itemsize)
             alone = self.profile.conv_time(batch, k, m, n, self.itemsize)
             seconds = min(seconds, self.profile.direct_time(batch, k, m, 1, n) if direct else turned + alone)
         for free in orders(c.right):
@@ -306,18 +315,16 @@ class Scheduler:
 
     def _is_space(self, x: Layout, modes: Layout) -> bool:
         """Whether modes of a layout are the last axes of the result, or will be once windows over them are taken."""
+        return any(self._space(x, count) == modes for count in range(1, min(MAX_SPACE, len(self.axes) - 1) + 1))
+
+    def _space(self, x: Layout, count: int) -> Layout:
+        """The modes of the last few axes of the result as a layout has them; none where one of these has none."""
         later = {w.out: w.axis for w in self.windows if w.axis in x}
-        axes: list[Layout] = []
-        for axis in self.axes[:0:-1]:
-            axes.insert(0, tuple(later.get(i, i) for i in axis))
-            if not axes[0] or len(axes) > MAX_SPACE:
-                return False
-            if tuple(i for a in axes for i in a) == modes:
-                return True
-        return False
+        axes = self.axes[-count:]
+        return tuple(later.get(i, i) for axis in axes for i in axis) if all(axes) else ()
 
     def _convolutions(
-        self, x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str], lies: Lies
+        self, x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str], blocked: bool
     ) -> Iterable[_Form]:
         parts = convolution(x, y, windows, kept)
         out = {w.axis: w.out for w in windows}
@@ -330,10 +337,8 @@ class Scheduler:
         else:
             seconds = self.profile.convolution_time(batch, groups, channels, filters, taps, space, self.itemsize)
         moved = self.permute(x, parts.wanted)
-        wanted: Lies = "in blocks" if direct and channels >= self.profile.strip else "in rows"
-        if groups > 1:  # whose price has that in it
-            wanted = "anyhow"
-        if ("anyhow" not in (lies, wanted) and lies != wanted) or (moved and "in blocks" in (lies, wanted)):
+        wanted = direct and channels >= self.profile.strip
+        if groups == 1 and (blocked != wanted or (blocked and moved)):  # with groups their price has that in it
             seconds += self.profile.turned_time(batch, groups * channels, self.size(parts.space))
         for free in orders(parts.filters):
             yield seconds + moved, "convolve", (*parts.batch, *parts.groups, *free, *left)

@@ -14,6 +14,7 @@ from tncompile.ir.edit import CannotEdit, inline, refine, substitute, unique_cor
 from tncompile.passes import Blocks, Clean, Context, Fold, Join, MergeCores, Order, Pass
 from tncompile.passes.choice import choose
 from tncompile.passes.gathers import Gathers
+from tncompile.passes.images import images
 from tncompile.passes.order import attended
 from tncompile.passes.plans import Limits, candidates, held, key_of, ways_of
 from tncompile.passes.positions import gather_of
@@ -51,7 +52,7 @@ class Predictor:
 
     def __init__(self, program: Program, context: Context) -> None:
         self.program = program
-        self.context = replace(context, attended=context.attended | attended(program))
+        self.context = replace(context, attended=context.attended | attended(program), images=images(program))
         shown = any(dims.shows(size, "batch") for value in program.inputs for size in value.shape or ())
         self.branch = context.profile.branch if shown and not context.compact else float("inf")
         self._plans: dict[object, _Plan] = {}
