@@ -74,11 +74,12 @@ def _traced(
         return trace(module, args, kwargs, shapes(dims))
     except UnsupportedError:
         pass
-    symbolic = [[axis for axis, d in enumerate(spec.dims) if isinstance(d, str)] for spec in specs]
-    batch_alone = len(sizes) == 1 and all(axes == [0] for axes in symbolic)
+    by_name = {spec.name: {axis: d for axis, d in enumerate(spec.dims) if isinstance(d, str)} for spec in specs}
+    names = [by_name[name] for name in order]
+    batch_alone = len(sizes) == 1 and all([*axes] == [0] for axes in names)
     try:  # a batch alone may be dynamic all the same, see `tncompile.frontend.retrace`
         automatic = "batch" if batch_alone else shapes(dict.fromkeys(sizes, torch.export.Dim.AUTO))
-        program = trace(module, args, kwargs, automatic)
+        program = trace(module, args, kwargs, automatic, names)
     except UnsupportedError:
         program = trace(module, args, kwargs, None)
     kept = _dynamic(program, specs)

@@ -16,6 +16,18 @@ import torch
 from tncompile.errors import SourceRef, TNCompileWarning, UnsupportedError, first_line
 from tncompile.frontend.adapters import adapted
 from tncompile.frontend.retrace import retraced
+from tncompile.frontend.sizes import (
+    Place,
+    SizeNames,
+    apart,
+    equal_first_modes,
+    equal_names,
+    name_sizes,
+    names_in_shapes,
+    requiring_equal,
+    symbols_of,
+)
+from tncompile.frontend.structure import returning_fields, wrapped_forward
 
 
 def trace(
@@ -23,12 +35,15 @@ def trace(
     example_inputs: Sequence[Any],
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = "batch",
+    names: Sequence[SizeNames | None] | None = None,
 ) -> torch.export.ExportedProgram:
     """Export a module in its present mode (call ``.eval()`` first for inference).
 
     `dynamic_shapes` as in `torch.export.export`; ``"batch"`` makes the first mode of every tensor input
     dynamic where the model allows it and falls back to the example's own shapes where it does not;
-    None keeps all shapes fixed.
+    None keeps all shapes fixed. First modes of the same size in the example are one batch then. `names` says what the
+    sizes of each input are called, in the order of the arguments, and equal names are one size; without, the names are
+    those of `torch.export.Dim`. Dataclasses that torch does not know are returned as dicts of their fields.
     """
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
@@ -37,20 +52,40 @@ def trace(
         torch.Tensor, lambda t: t.detach().clone(), (tuple(example_inputs), kwargs)
     )
     automatic = isinstance(dynamic_shapes, str) and dynamic_shapes == "batch"
+    given = (args, kwargs)
     if automatic:
-        given = (args, kwargs)
         args, kwargs = _doubled(given)
-        dynamic_shapes = _first_modes(_bound(module, args, kwargs or {}))
-    with whole_einsums(), adapted(module):
+    arguments = _bound(module, args, kwargs or {})
+    kwargs = kwargs and {name: kwargs[name] for name in arguments if name in kwargs} | kwargs  # in forward's order
+    names = names_in_shapes(arguments, dynamic_shapes) if names is None else names
+    shapes = _first_modes(arguments) if automatic else dynamic_shapes
+    one = equal_first_modes(arguments) if automatic else equal_names(names)
+    with whole_einsums(), adapted(module), wrapped_forward(module, returning_fields):
         with fixed_sizes() as fixed:
-            exported = _export(module, args, kwargs, dynamic_shapes)
+            exported = _export(module, args, kwargs, shapes)
+        if apart(exported, one):
+            exported = _with_one(one, module, args, kwargs, shapes) or exported
         lost = automatic and _has_batch(args) and not exported.range_constraints
         again = retraced(module, args, kwargs, _export) if lost else None
         if lost and again is None and args is not given[0]:
             exported = _export(module, *given, None)  # fixed: to the example's own size, not to twice that
     if lost:
         _warn_of_fixed(module, fixed, again is not None)
-    return exported if again is None else again
+    exported = exported if again is None else again
+    name_sizes(exported, symbols_of(exported, names))
+    return exported
+
+
+def _with_one(
+    groups: Sequence[Sequence[Place]], module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any
+) -> torch.export.ExportedProgram | None:
+    """The trace in which the sizes of each group are one; None where the model does not allow that."""
+    with wrapped_forward(module, requiring_equal(groups)):
+        try:
+            exported = _export(module, args, kwargs, shapes)
+        except UnsupportedError:
+            return None
+    return exported if exported.range_constraints else None
 
 
 def _warn_of_fixed(module: torch.nn.Module, fixed: Sequence[SourceRef], recovered: bool) -> None:
