@@ -47,7 +47,7 @@ def check(
         generator = np.random.default_rng(seed)
         for number, sizes in enumerate(sizes_to_check(traced, batches)):
             # every second run away from zero, where sums and means do not cancel
-            feeds = random_inputs(traced, sizes, generator, mean=number % 2)
+            feeds: Mapping[str, Array] = random_inputs(traced, sizes, generator, mean=number % 2)
             equal = equal_sizes(traced, sizes)
             if equal != sizes and not runs_on(traced, feeds):
                 sizes, feeds = equal, random_inputs(traced, equal, generator, mean=number % 2)

@@ -15,7 +15,7 @@ from tncompile.frontend.files.infer import flag_for, highest_index, infer
 from tncompile.frontend.files.inputs import InputSpec, example_sizes
 from tncompile.frontend.names import is_variadic, parameters_of, under_names, with_fixed
 from tncompile.frontend.script.module import Scripted
-from tncompile.frontend.trace import trace
+from tncompile.frontend.trace import DataDependentError, trace
 
 
 def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> torch.export.ExportedProgram:
@@ -42,6 +42,8 @@ def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> t
                     stacklevel=2,
                 )
         return _traced(module, tensors, examples, sizes, given)
+    except DataDependentError:
+        raise
     except UnsupportedError as error:
         shown = " ".join(f'--input "{spec}"' for spec in named)
         hint = f"traced with {shown}" if given else f"traced with {shown}, told from its first layer; give others"

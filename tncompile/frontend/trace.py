@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import traceback
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tncompile.errors import SourceRef, TNCompileWarning, UnsupportedError, first_line
 from tncompile.frontend.adapters import adapted
@@ -28,6 +30,8 @@ from tncompile.frontend.sizes import (
     symbols_of,
 )
 from tncompile.frontend.structure import returning_fields, wrapped_forward
+
+_STRUCTURED = "torch.__trace"
 
 
 def trace(
@@ -131,25 +135,40 @@ def _bound(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
         raise UnsupportedError(f"torch.export cannot trace {type(module).__name__}: {error}") from error
 
 
+class DataDependentError(UnsupportedError):
+    """The code decides by numbers that it computes: other inputs do not help."""
+
+
 def _export(module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), silence():
+    # what torch prints of a graph that it could not finish says no more than the line of code does
+    with warnings.catch_warnings(), silence(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise UnsupportedError(f"torch.export cannot trace {type(module).__name__}: {first_line(error)}") from error
+            name = type(module).__name__
+            if isinstance(error, GuardOnDataDependentSymNode):
+                raise DataDependentError(
+                    f"torch.export cannot trace {name}: what it does next hangs on numbers that it computes, and a "
+                    "graph has one way for all; compute both and choose with torch.where, or use torch.cond",
+                    _innermost(traceback.extract_tb(error.__traceback__)),
+                ) from error
+            raise UnsupportedError(f"torch.export cannot trace {name}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def silence(library: str = "torch") -> Iterator[None]:
-    """Keep a library from logging what is raised, or told otherwise, as well."""
-    logger = logging.getLogger(library)
-    before = logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    """Keep a library from logging what is raised, or told otherwise, as well; torch's structured log goes on."""
+    below = [name for name in logging.root.manager.loggerDict if name.startswith(f"{library}.") and name != _STRUCTURED]
+    loggers = [logging.getLogger(name) for name in (library, *below)]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
     try:
         yield
     finally:
-        logger.handlers, logger.propagate = before
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 @contextlib.contextmanager
@@ -160,9 +179,10 @@ def fixed_sizes() -> Iterator[list[SourceRef]]:
     class Watcher(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "symbolic_shape_specialization" in (getattr(record, "metadata", None) or {}):
-                found.extend(_innermost())
+                line = _innermost(traceback.extract_stack())
+                found.extend([line] if line.file else [])
 
-    logger, watcher = logging.getLogger("torch.__trace"), Watcher(logging.DEBUG)
+    logger, watcher = logging.getLogger(_STRUCTURED), Watcher(logging.DEBUG)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(watcher)
     logger.setLevel(logging.DEBUG)
@@ -187,10 +207,9 @@ def whole_einsums() -> Iterator[None]:
         backend.enabled = before
 
 
-def _innermost() -> list[SourceRef]:
+def _innermost(stack: Sequence[traceback.FrameSummary]) -> SourceRef:
     """The innermost line of the module that is being exported, or of a library that it calls, outside torch."""
-    stack = traceback.extract_stack()
     start = max(k for k, frame in enumerate(stack) if frame.filename == __file__ and frame.name == "_export")
     folders = tuple(str(Path(file).parent) for file in (__file__, torch.__file__, logging.__file__))
     inside = [f for f in stack[start:] if not f.filename.startswith(folders) and not f.filename.startswith("<")]
-    return [SourceRef("", f.filename, f.lineno or 0, f.line or "") for f in inside[-1:]]
+    return SourceRef("", inside[-1].filename, inside[-1].lineno or 0, inside[-1].line or "") if inside else SourceRef()
