@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tncompile.errors import LoadError, TNCompileWarning, UnsupportedError
-from tncompile.frontend.files.infer import flag_for, highest_index, infer
+from tncompile.frontend.files.infer import flag_for, highest_index, infer, is_torchs_own
 from tncompile.frontend.files.inputs import InputSpec, example_sizes
 from tncompile.frontend.names import is_variadic, parameters_of, under_names, with_fixed
 from tncompile.frontend.script.module import Scripted
@@ -119,7 +119,10 @@ def _dynamic(program: torch.export.ExportedProgram, specs: Sequence[InputSpec]) 
 
 
 def _named(module: torch.nn.Module, specs: Sequence[InputSpec]) -> list[InputSpec]:
-    """The specs with the names of `forward`'s arguments. Other names, for all of its tensors, become theirs."""
+    """The specs with the names of `forward`'s arguments.
+
+    Other names, for all of its tensors, become theirs where the arguments are torch's: nobody has chosen ``input``.
+    """
     if is_variadic(module):
         _rename(module, [s.name or f"input_{k}" for k, s in enumerate(specs)])
     parameters = parameters_of(module)
@@ -129,7 +132,8 @@ def _named(module: torch.nn.Module, specs: Sequence[InputSpec]) -> list[InputSpe
         raise LoadError("an input is given twice; give each one --input")
     free = [n for n in names if n not in {s.name for s in specs}]
     unknown = [s.name for s in specs if s.name and s.name not in names]
-    if unknown and (any(s.name in names and not s.fixed for s in specs) or len(specs) > len(names)):
+    others = any(s.name in names and not s.fixed for s in specs) or len(specs) > len(names)
+    if unknown and (others or not is_torchs_own(module)):
         raise LoadError(f"the model has no input {unknown[0]}; its inputs are {', '.join(names)}")
     renamed: dict[str, str] = {}
     result = []

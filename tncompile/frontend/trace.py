@@ -104,15 +104,14 @@ def _warn_of_fixed(module: torch.nn.Module, fixed: Sequence[SourceRef], recovere
     warnings.warn(f"{type(module).__name__} {told}", TNCompileWarning, stacklevel=4)
 
 
-def _first_modes(value: Any) -> Any:
+def _first_modes(arguments: dict[str, Any]) -> Any:
     """``{0: Dim.AUTO}`` for each tensor: dynamic where the trace allows it."""
-    if isinstance(value, torch.Tensor):
-        return {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] > 1 else None
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_first_modes, value))
-    if isinstance(value, dict):
-        return {k: _first_modes(v) for k, v in value.items()}
-    return None
+
+    def first(value: Any) -> Any:
+        dynamic = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] > 1
+        return {0: torch.export.Dim.AUTO} if dynamic else None
+
+    return torch.utils._pytree.tree_map(first, arguments)
 
 
 def _doubled(inputs: Any) -> Any:
