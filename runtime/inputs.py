@@ -49,6 +49,20 @@ def sizes_to_check(traced: ImportedModel, batches: Sequence[int]) -> list[dict[s
     return sets
 
 
+def equal_sizes(traced: ImportedModel, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes where symbols of one size in the example have one size: the batch's, if it is among them.
+
+    torch.export leaves two symbols where a model works on two sizes alone that happen to be equal, and where it reads
+    one tensor at the places of another.
+    """
+    if isinstance(traced, OnnxModel):
+        return dict(sizes)
+    first: dict[int, str] = {}
+    for symbol in sorted(sizes, key=lambda s: s != "batch"):
+        first.setdefault(traced.sizes.get(symbol, 2), symbol)
+    return {symbol: sizes[first[traced.sizes.get(symbol, 2)]] for symbol in sizes}
+
+
 def _ranges(traced: ImportedModel) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     if isinstance(traced, OnnxModel):

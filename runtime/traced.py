@@ -13,6 +13,8 @@ from tncompile.cost.search import einsum_path
 from tncompile.errors import CheckError, SourceRef
 from tncompile.frontend.importer import TracedModel, source_of
 from tncompile.frontend.mapped import release_pages
+from tncompile.frontend.model import ImportedModel
+from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.pairs import is_complex
 from tncompile.ir import Array
 
@@ -43,6 +45,17 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
                 "give some that it can with --example inputs.npz"
             ) from error
     return [_shown(output) for output in outputs if output is not None]
+
+
+def runs_on(traced: ImportedModel, feeds: Mapping[str, Array]) -> bool:
+    """Whether a traced graph runs on these inputs; an ONNX model may, for all that is known."""
+    if isinstance(traced, OnnxModel):
+        return True
+    try:
+        run_traced(traced, feeds, None)
+    except CheckError:
+        return False
+    return True
 
 
 def _shown(output: Any) -> Array:

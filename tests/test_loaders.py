@@ -376,6 +376,103 @@ def test_shapes_that_cannot_be_told_name_the_flag(tmp_path: Path) -> None:
         load(tmp_path / "m.pt")
 
 
+def test_layers_behind_the_first_tell_what_an_input_is(tmp_path: Path) -> None:
+    """A linear layer takes any number of axes; one sequence is what an LSTM takes as well, and is no batch."""
+    torch.save(nn.Sequential(nn.Linear(6, 4), nn.LSTM(4, 3, batch_first=True)), tmp_path / "lstm.pt")
+    with pytest.raises(TNCompileError, match=r'add --input "input:float32\[batch,SEQ,6\]"'):
+        load(tmp_path / "lstm.pt")
+    torch.save(nn.Sequential(nn.Linear(6, 4), nn.AvgPool2d((2, 1))), tmp_path / "pooled.pt")
+    (spec,) = load(tmp_path / "pooled.pt").graph.find_nodes(op="placeholder", target="input")
+    assert spec.meta["val"].ndim == 3
+
+
+MANY = """
+from dataclasses import dataclass
+from collections import OrderedDict
+import torch
+
+class Ids(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cores, self.last = torch.nn.Parameter(torch.ones(9, 4)), torch.nn.Linear(4, 2)
+
+    def forward(self, ids):
+        return self.last(self.cores[ids])
+
+class Text(torch.nn.Module):
+    main_input_name = "input_ids"
+
+    def __init__(self, size=7):
+        super().__init__()
+        self.words, self.places = torch.nn.Embedding(size, 4), torch.nn.Embedding(5, 4)
+
+    def forward(self, mask=None, input_ids=None):
+        return self.words(input_ids)
+
+def sized(size):
+    return Text(size)
+
+def whole():
+    return Text()
+
+def branching():
+    return Branching()
+
+class Branching(torch.nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return -x
+"""
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module with several models."""
+    (tmp_path / "many_nets.py").write_text(MANY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import many_nets
+
+    yield many_nets
+    sys.modules.pop("many_nets", None)
+
+
+def test_ids_are_not_guessed_from_a_later_layer(many: Any, tmp_path: Path) -> None:
+    torch.save(many.Ids(), tmp_path / "m.pt")
+    with pytest.raises(TNCompileError, match=r'add --input "ids:int64\[batch,seq\]<ROWS" with your sizes'):
+        load(tmp_path / "m.pt", options(trust_pickle=True))
+
+
+def test_the_flag_for_a_model_that_may_be_given_much(many: Any, tmp_path: Path) -> None:
+    """As transformers' models: every argument has a default, and the class says which one it is of."""
+    torch.save(many.Text(), tmp_path / "m.pt")
+    said = r'add --input "input_ids:int64\[batch,seq\]<7" with your sizes \(it also takes mask\)'
+    with pytest.raises(TNCompileError, match=said):
+        load(tmp_path / "m.pt", options(trust_pickle=True))
+
+
+def test_the_makers_of_a_module_come_before_what_it_imports(many: Any, tmp_path: Path) -> None:
+    torch.save(many.Text().state_dict(), tmp_path / "w.pt")
+    said = "has no nope; it has Ids, Text, whole, branching, Branching, sized, dataclass, OrderedDict"
+    with pytest.raises(TNCompileError, match=said):
+        load(tmp_path / "w.pt", options(model="many_nets:nope"))
+
+
+def test_a_branch_on_computed_numbers_is_told_with_its_line(
+    many: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(many.Branching(), tmp_path / "m.pt")
+    with pytest.raises(
+        TNCompileError, match=r"(?s)hangs on numbers .*torch\.where.*many_nets\.py:\d+.*if x\.sum"
+    ) as raised:
+        load(tmp_path / "m.pt", options("x:[batch,3]", trust_pickle=True))
+    assert "--input" not in str(raised.value)
+    with pytest.raises(TNCompileError, match=r"many_nets\.py"):
+        tncompile.save(many.Branching(), (torch.randn(3, 3),), tmp_path / "n.pt")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_told_size_that_the_model_fixes_must_be_given(tmp_path: Path) -> None:
     torch.save(nn.LSTM(6, 4, batch_first=True), tmp_path / "m.pt")
     with pytest.raises(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from tncompile.cost.devices import ChosenProfile, choose
 from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.file import Store, adopt, write
 from tncompile.errors import CheckError, LoadError, TNCompileError, UnsupportedError
+from tncompile.frontend.files.exported import dump_exported
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.load import LoadOptions, load
 from tncompile.frontend.mapped import release_pages
@@ -130,14 +130,12 @@ def save(
 ) -> None:
     """Trace a module and write it as an exported program: a file that holds no code, for `tncompile` to compile.
 
-    `dynamic_shapes` as in `compile`. Call ``.eval()`` first for inference. UnsupportedError where the module cannot be
+    `dynamic_shapes` as in `compile`. Call ``.eval()`` first for inference. Classes that the module takes or returns are
+    dicts of their fields in the file, which is read without them. UnsupportedError where the module cannot be
     traced; OutputError where the file cannot be written, whole or not at all.
     """
     check_writable(path)
-    exported = trace(module, example_inputs, None, dynamic_shapes)
-    buffer = io.BytesIO()
-    torch.export.save(exported, buffer)
-    write_file(path, buffer.getvalue())
+    write_file(path, dump_exported(trace(module, example_inputs, None, dynamic_shapes)))
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from torch.export.graph_signature import (
 from tncompile.emit.operators import fx_arg, operator_of
 from tncompile.errors import SourceRef, UnsupportedError
 from tncompile.frontend.importer import TracedModel
+from tncompile.frontend.structure import flat_calls
 from tncompile.ir import Dim, Opaque, Program, dims
 
 OPSET = 20
@@ -103,8 +104,8 @@ def to_exported(program: Program, traced: TracedModel) -> torch.export.ExportedP
         ExportGraphSignature(inputs, specs),
         state,
         traced.exported.range_constraints,
-        traced.exported.module_call_graph,
-        traced.exported.example_inputs,
+        flat_calls(len(program.inputs), len(outputs)),
+        None,
         {},
     )
 

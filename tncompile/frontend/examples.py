@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from tncompile.errors import LoadError, TNCompileWarning, UnsupportedError
-from tncompile.frontend.files.infer import flag_for, highest_index, infer
+from tncompile.frontend.files.infer import flag_for, highest_index, infer, is_torchs_own
 from tncompile.frontend.files.inputs import InputSpec, example_sizes
 from tncompile.frontend.names import is_variadic, parameters_of, under_names, with_fixed
 from tncompile.frontend.script.module import Scripted
-from tncompile.frontend.trace import trace
+from tncompile.frontend.trace import DataDependentError, trace
 
 
 def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> torch.export.ExportedProgram:
@@ -42,6 +42,8 @@ def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> t
                     stacklevel=2,
                 )
         return _traced(module, tensors, examples, sizes, given)
+    except DataDependentError:
+        raise
     except UnsupportedError as error:
         shown = " ".join(f'--input "{spec}"' for spec in named)
         hint = f"traced with {shown}" if given else f"traced with {shown}, told from its first layer; give others"
@@ -74,11 +76,12 @@ def _traced(
         return trace(module, args, kwargs, shapes(dims))
     except UnsupportedError:
         pass
-    symbolic = [[axis for axis, d in enumerate(spec.dims) if isinstance(d, str)] for spec in specs]
-    batch_alone = len(sizes) == 1 and all(axes == [0] for axes in symbolic)
+    by_name = {spec.name: {axis: d for axis, d in enumerate(spec.dims) if isinstance(d, str)} for spec in specs}
+    names = [by_name[name] for name in order]
+    batch_alone = len(sizes) == 1 and all([*axes] == [0] for axes in names)
     try:  # a batch alone may be dynamic all the same, see `tncompile.frontend.retrace`
         automatic = "batch" if batch_alone else shapes(dict.fromkeys(sizes, torch.export.Dim.AUTO))
-        program = trace(module, args, kwargs, automatic)
+        program = trace(module, args, kwargs, automatic, names)
     except UnsupportedError:
         program = trace(module, args, kwargs, None)
     kept = _dynamic(program, specs)
@@ -116,7 +119,10 @@ def _dynamic(program: torch.export.ExportedProgram, specs: Sequence[InputSpec]) 
 
 
 def _named(module: torch.nn.Module, specs: Sequence[InputSpec]) -> list[InputSpec]:
-    """The specs with the names of `forward`'s arguments. Other names, for all of its tensors, become theirs."""
+    """The specs with the names of `forward`'s arguments.
+
+    Other names, for all of its tensors, become theirs where the arguments are torch's: nobody has chosen ``input``.
+    """
     if is_variadic(module):
         _rename(module, [s.name or f"input_{k}" for k, s in enumerate(specs)])
     parameters = parameters_of(module)
@@ -126,7 +132,8 @@ def _named(module: torch.nn.Module, specs: Sequence[InputSpec]) -> list[InputSpe
         raise LoadError("an input is given twice; give each one --input")
     free = [n for n in names if n not in {s.name for s in specs}]
     unknown = [s.name for s in specs if s.name and s.name not in names]
-    if unknown and (any(s.name in names and not s.fixed for s in specs) or len(specs) > len(names)):
+    others = any(s.name in names and not s.fixed for s in specs) or len(specs) > len(names)
+    if unknown and (others or not is_torchs_own(module)):
         raise LoadError(f"the model has no input {unknown[0]}; its inputs are {', '.join(names)}")
     renamed: dict[str, str] = {}
     result = []

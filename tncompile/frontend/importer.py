@@ -17,7 +17,9 @@ from tncompile.frontend.computable import computable
 from tncompile.frontend.equation import NotMultilinear
 from tncompile.frontend.multilinear import translate
 from tncompile.frontend.networks import NetworkBuilder, Result, Source
+from tncompile.frontend.sizes import named_sizes
 from tncompile.frontend.sources import innermost_line
+from tncompile.frontend.structure import output_names
 from tncompile.frontend.translators import operator_name
 from tncompile.ir import dims
 from tncompile.ir.core import NETWORK_DTYPES, Array, Network, Node, Program
@@ -61,14 +63,17 @@ def import_exported(exported: torch.export.ExportedProgram) -> TracedModel:
             f"the model writes to {', '.join(names) or 'an input'} when it runs; "
             "export it in inference mode (model.eval()), with state as inputs and outputs"
         )
-    return replace(Importer(functional).run(), notes=adaptation.notes, computes=adaptation.reference)
+    return replace(
+        Importer(functional, named_sizes(exported)).run(), notes=adaptation.notes, computes=adaptation.reference
+    )
 
 
 class Importer:
     """One import; holds what is known so far of each fx node. State of the model is constant."""
 
-    def __init__(self, exported: torch.export.ExportedProgram) -> None:
+    def __init__(self, exported: torch.export.ExportedProgram, named: Mapping[str, str]) -> None:
         self.exported = exported
+        self.named = named  # what the user calls torch's symbols
         self.weights: dict[str, Array] = {}
         self.tensors: dict[str, torch.Tensor] = {}  # constants, by fx name
         self.weight_of: dict[str, str] = {}  # fx name of a constant -> name of the weight
@@ -102,15 +107,22 @@ class Importer:
     # -------------------------------------------------------------------------------- inputs
 
     def _name_symbols(self, inputs: Sequence[torch.fx.Node]) -> None:
-        """Call the first dynamic mode that is any input's first ``batch``; other symbols keep torch's names."""
+        """Call one ``batch``: that which the user calls so, else the first dynamic mode that is any input's first.
+
+        Others are called as the user does, or as torch.
+        """
         shapes = [node.meta["val"].shape for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
+        sizes = [size for shape in shapes for size in shape if not isinstance(size, int)]
+        symbols = list(dict.fromkeys(s for size in sizes for s in sorted(map(str, size.node.expr.free_symbols))))
         leading = (size for shape in shapes for size in shape[:1] if not isinstance(size, int))
-        for symbol in (s for size in leading for s in sorted(map(str, size.node.expr.free_symbols))):
-            self.symbols[symbol] = "batch"
-            break
-        for size in (size for shape in shapes for size in shape if not isinstance(size, int)):
-            for symbol in sorted(map(str, size.node.expr.free_symbols)):
-                self.symbols.setdefault(symbol, symbol)
+        first = (s for size in leading for s in sorted(map(str, size.node.expr.free_symbols)))
+        batch = next((s for s in symbols if self.named.get(s) == "batch"), None) or next(first, None)
+        taken = {"batch", *symbols}
+        for symbol in symbols:
+            name = self.named.get(symbol, symbol)
+            self.symbols[symbol] = "batch" if symbol == batch else symbol if name in taken else name
+            taken.add(self.symbols[symbol])
+        for size in sizes:
             if str(size.node.expr) in self.symbols:
                 hint = size.node.hint if size.node.has_hint() else None
                 self.sizes.setdefault(self.symbols[str(size.node.expr)], int(hint) if hint is not None else 2)
@@ -314,35 +326,6 @@ class Importer:
 
 def _not_empty(tensor: torch.Tensor) -> bool:
     return not any(isinstance(size, int) and size == 0 for size in tensor.shape)
-
-
-def output_names(exported: torch.export.ExportedProgram) -> list[str]:
-    """The model's own names: the keys of a returned dict or fields of a class, joined by dots where they are nested,
-    else ``output`` or ``output_0``, ``output_1``."""
-    specs = exported.graph_signature.output_specs
-    spec = exported.call_spec.out_spec
-    names = _paths(spec) if spec is not None and _keys(spec) else []
-    if len(specs) == len(names) == len({*names}):
-        return names
-    return ["output"] if len(specs) == 1 else [f"output_{k}" for k in range(len(specs))]
-
-
-def _paths(spec: Any) -> list[str]:
-    """Where each leaf is: ``hidden``, ``states.0``, ``parts.left``."""
-    if spec.is_leaf():
-        return [""]
-    keys = _keys(spec) or [str(k) for k in range(spec.num_children)]
-    below = zip(keys, spec.children(), strict=True)
-    return [f"{key}.{path}".rstrip(".") for key, child in below for path in _paths(child)]
-
-
-def _keys(spec: Any) -> list[str]:
-    """Names of the children: a dict's keys, a namedtuple's fields, those of classes that say them (ModelOutput)."""
-    found = getattr(spec.context, "_fields", spec.context)
-    if isinstance(found, (list, tuple)) and len(found) == 2 and isinstance(found[0], list):
-        found = found[0]  # of a registered dataclass: the fields that are set, and those that are None
-    named = isinstance(found, (list, tuple)) and len(found) == spec.num_children
-    return [str(key) for key in found] if named and spec.num_children else []
 
 
 def layer_of(node: torch.fx.Node) -> str:

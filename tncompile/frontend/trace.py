@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import traceback
 import warnings
@@ -12,10 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tncompile.errors import SourceRef, TNCompileWarning, UnsupportedError, first_line
 from tncompile.frontend.adapters import adapted
 from tncompile.frontend.retrace import retraced
+from tncompile.frontend.sizes import (
+    Place,
+    SizeNames,
+    apart,
+    equal_first_modes,
+    equal_names,
+    name_sizes,
+    names_in_shapes,
+    requiring_equal,
+    symbols_of,
+)
+from tncompile.frontend.structure import returning_fields, wrapped_forward
+
+_STRUCTURED = "torch.__trace"
 
 
 def trace(
@@ -23,12 +39,15 @@ def trace(
     example_inputs: Sequence[Any],
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = "batch",
+    names: Sequence[SizeNames | None] | None = None,
 ) -> torch.export.ExportedProgram:
     """Export a module in its present mode (call ``.eval()`` first for inference).
 
     `dynamic_shapes` as in `torch.export.export`; ``"batch"`` makes the first mode of every tensor input
     dynamic where the model allows it and falls back to the example's own shapes where it does not;
-    None keeps all shapes fixed.
+    None keeps all shapes fixed. First modes of the same size in the example are one batch then. `names` says what the
+    sizes of each input are called, in the order of the arguments, and equal names are one size; without, the names are
+    those of `torch.export.Dim`. Dataclasses that torch does not know are returned as dicts of their fields.
     """
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
@@ -37,20 +56,40 @@ def trace(
         torch.Tensor, lambda t: t.detach().clone(), (tuple(example_inputs), kwargs)
     )
     automatic = isinstance(dynamic_shapes, str) and dynamic_shapes == "batch"
+    given = (args, kwargs)
     if automatic:
-        given = (args, kwargs)
         args, kwargs = _doubled(given)
-        dynamic_shapes = _first_modes(_bound(module, args, kwargs or {}))
-    with whole_einsums(), adapted(module):
+    arguments = _bound(module, args, kwargs or {})
+    kwargs = kwargs and {name: kwargs[name] for name in arguments if name in kwargs} | kwargs  # in forward's order
+    names = names_in_shapes(arguments, dynamic_shapes) if names is None else names
+    shapes = _first_modes(arguments) if automatic else dynamic_shapes
+    one = equal_first_modes(arguments) if automatic else equal_names(names)
+    with whole_einsums(), adapted(module), wrapped_forward(module, returning_fields):
         with fixed_sizes() as fixed:
-            exported = _export(module, args, kwargs, dynamic_shapes)
+            exported = _export(module, args, kwargs, shapes)
+        if apart(exported, one):
+            exported = _with_one(one, module, args, kwargs, shapes) or exported
         lost = automatic and _has_batch(args) and not exported.range_constraints
         again = retraced(module, args, kwargs, _export) if lost else None
         if lost and again is None and args is not given[0]:
             exported = _export(module, *given, None)  # fixed: to the example's own size, not to twice that
     if lost:
         _warn_of_fixed(module, fixed, again is not None)
-    return exported if again is None else again
+    exported = exported if again is None else again
+    name_sizes(exported, symbols_of(exported, names))
+    return exported
+
+
+def _with_one(
+    groups: Sequence[Sequence[Place]], module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any
+) -> torch.export.ExportedProgram | None:
+    """The trace in which the sizes of each group are one; None where the model does not allow that."""
+    with wrapped_forward(module, requiring_equal(groups)):
+        try:
+            exported = _export(module, args, kwargs, shapes)
+        except UnsupportedError:
+            return None
+    return exported if exported.range_constraints else None
 
 
 def _warn_of_fixed(module: torch.nn.Module, fixed: Sequence[SourceRef], recovered: bool) -> None:
@@ -65,15 +104,14 @@ def _warn_of_fixed(module: torch.nn.Module, fixed: Sequence[SourceRef], recovere
     warnings.warn(f"{type(module).__name__} {told}", TNCompileWarning, stacklevel=4)
 
 
-def _first_modes(value: Any) -> Any:
+def _first_modes(arguments: dict[str, Any]) -> Any:
     """``{0: Dim.AUTO}`` for each tensor: dynamic where the trace allows it."""
-    if isinstance(value, torch.Tensor):
-        return {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] > 1 else None
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_first_modes, value))
-    if isinstance(value, dict):
-        return {k: _first_modes(v) for k, v in value.items()}
-    return None
+
+    def first(value: Any) -> Any:
+        dynamic = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] > 1
+        return {0: torch.export.Dim.AUTO} if dynamic else None
+
+    return torch.utils._pytree.tree_map(first, arguments)
 
 
 def _doubled(inputs: Any) -> Any:
@@ -96,25 +134,40 @@ def _bound(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
         raise UnsupportedError(f"torch.export cannot trace {type(module).__name__}: {error}") from error
 
 
+class DataDependentError(UnsupportedError):
+    """The code decides by numbers that it computes: other inputs do not help."""
+
+
 def _export(module: torch.nn.Module, args: Any, kwargs: Any, shapes: Any) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), silence():
+    # what torch prints of a graph that it could not finish says no more than the line of code does
+    with warnings.catch_warnings(), silence(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise UnsupportedError(f"torch.export cannot trace {type(module).__name__}: {first_line(error)}") from error
+            name = type(module).__name__
+            if isinstance(error, GuardOnDataDependentSymNode):
+                raise DataDependentError(
+                    f"torch.export cannot trace {name}: what it does next hangs on numbers that it computes, and a "
+                    "graph has one way for all; compute both and choose with torch.where, or use torch.cond",
+                    _innermost(traceback.extract_tb(error.__traceback__)),
+                ) from error
+            raise UnsupportedError(f"torch.export cannot trace {name}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
 def silence(library: str = "torch") -> Iterator[None]:
-    """Keep a library from logging what is raised, or told otherwise, as well."""
-    logger = logging.getLogger(library)
-    before = logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [logging.NullHandler()], False
+    """Keep a library from logging what is raised, or told otherwise, as well; torch's structured log goes on."""
+    below = [name for name in logging.root.manager.loggerDict if name.startswith(f"{library}.") and name != _STRUCTURED]
+    loggers = [logging.getLogger(name) for name in (library, *below)]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
     try:
         yield
     finally:
-        logger.handlers, logger.propagate = before
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 @contextlib.contextmanager
@@ -125,9 +178,10 @@ def fixed_sizes() -> Iterator[list[SourceRef]]:
     class Watcher(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "symbolic_shape_specialization" in (getattr(record, "metadata", None) or {}):
-                found.extend(_innermost())
+                line = _innermost(traceback.extract_stack())
+                found.extend([line] if line.file else [])
 
-    logger, watcher = logging.getLogger("torch.__trace"), Watcher(logging.DEBUG)
+    logger, watcher = logging.getLogger(_STRUCTURED), Watcher(logging.DEBUG)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(watcher)
     logger.setLevel(logging.DEBUG)
@@ -152,10 +206,9 @@ def whole_einsums() -> Iterator[None]:
         backend.enabled = before
 
 
-def _innermost() -> list[SourceRef]:
+def _innermost(stack: Sequence[traceback.FrameSummary]) -> SourceRef:
     """The innermost line of the module that is being exported, or of a library that it calls, outside torch."""
-    stack = traceback.extract_stack()
     start = max(k for k, frame in enumerate(stack) if frame.filename == __file__ and frame.name == "_export")
     folders = tuple(str(Path(file).parent) for file in (__file__, torch.__file__, logging.__file__))
     inside = [f for f in stack[start:] if not f.filename.startswith(folders) and not f.filename.startswith("<")]
-    return [SourceRef("", f.filename, f.lineno or 0, f.line or "") for f in inside[-1:]]
+    return SourceRef("", inside[-1].filename, inside[-1].lineno or 0, inside[-1].line or "") if inside else SourceRef()

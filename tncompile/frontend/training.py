@@ -12,6 +12,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from tncompile.errors import UnsupportedError
 from tncompile.frontend.computable import functionalized
 from tncompile.frontend.importer import Importer
+from tncompile.frontend.sizes import named_sizes
 from tncompile.ir import Program
 from tncompile.ir.opaque import Ref, Value
 
@@ -40,14 +41,14 @@ class TrainedModel:
 
 def import_for_training(exported: torch.export.ExportedProgram) -> TrainedModel:
     """Import an exported program with its state as inputs. UnsupportedError where that cannot be done."""
-    return _StateImporter(functionalized(exported)).imported()
+    return _StateImporter(functionalized(exported), named_sizes(exported)).imported()
 
 
 class _StateImporter(Importer):
     """An import in which nothing that depends on parameters or buffers is constant."""
 
-    def __init__(self, exported: torch.export.ExportedProgram) -> None:
-        super().__init__(exported)
+    def __init__(self, exported: torch.export.ExportedProgram, named: Mapping[str, str]) -> None:
+        super().__init__(exported, named)
         self.state: dict[str, str] = {}
         self.written: dict[str, str] = {}
         self.arguments: list[str | None] = []

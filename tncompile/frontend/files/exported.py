@@ -13,10 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tncompile.errors import LoadError
+from tncompile.errors import LoadError, UnsupportedError, first_line
 from tncompile.frontend.files.archive import open_archive, parts
 from tncompile.frontend.files.inputs import InputSpec
+from tncompile.frontend.files.treespecs import without_classes
 from tncompile.frontend.mapped import PART, STAND_IN, MappedWeights
+from tncompile.frontend.sizes import name_sizes, named_sizes
+from tncompile.frontend.structure import make_plain
 from tncompile.frontend.trace import silence
 
 if TYPE_CHECKING:
@@ -40,10 +43,11 @@ def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     path = Path(path)
 
     try:
-        clean, weights = _checked_copy(path)
+        clean, weights, names = _checked_copy(path)
         with _quiet_and_safe():
             exported = torch.export.load(clean)
             weights.put_into(exported)
+            name_sizes(exported, names)
             return exported
     except LoadError:
         raise
@@ -55,6 +59,25 @@ def load_exported(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
             f"{path}: torch {torch.__version__} cannot read this exported program ({reason[:200]}); it is damaged, "
             f"or was saved by another version of torch: export it again"
         ) from error
+
+
+def dump_exported(exported: torch.export.ExportedProgram) -> bytes:
+    """The file of a program, which `load_exported` and `torch.export.load` read; its structures become plain ones.
+
+    UnsupportedError where torch cannot write it.
+    """
+    import torch
+
+    make_plain(exported)
+    buffer = io.BytesIO()
+    names = json.dumps(named_sizes(exported))
+    with warnings.catch_warnings(), silence():
+        warnings.simplefilter("ignore")
+        try:
+            torch.export.save(exported, buffer, extra_files={_SIZES.removeprefix("extra/"): names})
+        except Exception as error:  # whatever torch's writer raises for what a model may hold
+            raise UnsupportedError(f"torch cannot write this model to a file: {first_line(error)}") from error
+    return buffer.getvalue()
 
 
 def check_inputs(program: torch.export.ExportedProgram, inputs: Sequence[InputSpec]) -> None:
@@ -80,10 +103,13 @@ def check_inputs(program: torch.export.ExportedProgram, inputs: Sequence[InputSp
             raise LoadError(f"its input {name} is {dtype}[{shown}], not {spec}; leave out --input")
 
 
+_SIZES = "extra/tncompile_sizes.json"
+"""What the user calls torch's symbols."""
+
 # the parts of an exported program that hold no code; compiled or pickled parts are not among them
 _PARTS = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt"
-    r"|data/weights/(weight_\d+|model_weights_config\.json)"
+    rf"|{re.escape(_SIZES)}|data/weights/(weight_\d+|model_weights_config\.json)"
     r"|data/constants/(tensor_\d+|model_constants_config\.json)"
 )
 # what a node of the graph may call: operators, arithmetic of sizes, and no reading of files
@@ -93,8 +119,10 @@ _TARGETS = re.compile(
 )
 
 
-def _checked_copy(path: Path) -> tuple[io.BytesIO, MappedWeights]:
+def _checked_copy(path: Path) -> tuple[io.BytesIO, MappedWeights, dict[str, str]]:
     """The archive, read once, checked, and written anew: torch then reads what was checked and nothing else.
+
+    Also gives its weights, and the names of sizes in it.
 
     torch's own reader takes compiled libraries and pickled objects from further parts; so only known ones pass.
     Weights are not copied: in their place stands one number each, until they are put into what torch has made of the
@@ -104,7 +132,7 @@ def _checked_copy(path: Path) -> tuple[io.BytesIO, MappedWeights]:
     def refusal(name: str) -> LoadError:
         return LoadError(f"{path}: holds a part that could run code ({name}); export a model of tensors only")
 
-    copy, weights = io.BytesIO(), MappedWeights(path)
+    copy, weights, names = io.BytesIO(), MappedWeights(path), {}
     with open_archive(path) as archive, zipfile.ZipFile(copy, "w") as checked:
         for name, part in parts(archive, _PARTS, refusal):
             if PART.fullmatch(part):
@@ -112,14 +140,21 @@ def _checked_copy(path: Path) -> tuple[io.BytesIO, MappedWeights]:
                 checked.writestr(name, STAND_IN)
                 continue
             data = archive.read(name)  # checks the checksum
+            if part == _SIZES:
+                names = {str(symbol): str(given) for symbol, given in json.loads(data).items()}
+                continue
             if part.endswith(".json"):
                 content = json.loads(data)
                 _check_json(content, part, path)
                 if part.endswith("_config.json"):
-                    data = json.dumps(weights.stand_in(part, content)).encode()
+                    content = weights.stand_in(part, content)
+                else:
+                    without_classes(content["graph_module"])
+                    content["guards_code"] = []  # torch would run it; shapes are checked by the graph itself
+                data = json.dumps(content).encode()
             checked.writestr(name, data)
     copy.seek(0)
-    return copy, weights
+    return copy, weights, names
 
 
 def _check_json(content: Any, part: str, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -64,12 +65,31 @@ def named(reference: str, option: str) -> Callable[..., Any]:
         raise LoadError(f"{option} {reference}: importing {name} fails: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [n for n in vars(found) if not n.startswith("_") and callable(vars(found)[n])]
             raise LoadError(
-                f"{option} {reference}: {name} has no {part}; it has {', '.join(public[:8]) or 'nothing to call'}"
+                f"{option} {reference}: {name} has no {part}; it has "
+                f"{', '.join(_callables(found)[:8]) or 'nothing to call'}"
             )
         found = getattr(found, part)
     if not callable(found):
         raise LoadError(f"{option} {reference}: is not a function or class")
     called: Callable[..., Any] = found
     return called
+
+
+def _callables(module: Any) -> list[str]:
+    """The public names of a module that can be called without arguments, then its others; what it imports is last."""
+
+    def rank(name: str) -> tuple[bool, bool]:
+        value = vars(module)[name]
+        imported = getattr(value, "__module__", None) != getattr(module, "__name__", None)
+        return imported, imported or not _needs_nothing(value)
+
+    return sorted((n for n, value in vars(module).items() if not n.startswith("_") and callable(value)), key=rank)
+
+
+def _needs_nothing(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError):  # ValueError: some builtins have no signature
+        return False
+    return True

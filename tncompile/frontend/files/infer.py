@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,27 +16,50 @@ from tncompile.frontend.script.module import Scripted
 
 #: sizes a user must fill in, after batch and channels
 _SPATIAL: Mapping[str, str] = {"1d": "LENGTH", "2d": "HEIGHT,WIDTH", "3d": "DEPTH,HEIGHT,WIDTH"}
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_OF_SEQUENCES = (*_RECURRENT, "MultiheadAttention")
+_BATCH, _SEQ = 3, 8  # sizes to try a shape with
+
+
+def is_torchs_own(module: torch.nn.Module) -> bool:
+    """Whether a module is a layer or container of torch.nn, whose arguments have torch's names."""
+    if isinstance(module, Scripted):
+        return hasattr(torch.nn, str(module.__dict__["script"].original_name))
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def flag_for(module: torch.nn.Module, name: str) -> str:
     """The flag that gives an input, with what is left to fill in."""
     kind = module.types[name] if isinstance(module, Scripted) else "Tensor"
-    return f'--input "{name}:float32[batch,...]"' if "Tensor" in kind else f"--input {name}=VALUE (its type is {kind})"
+    if "Tensor" not in kind:
+        return f"--input {name}=VALUE (its type is {kind})"
+    return f'--input "{name}:{_suggestion(module, name)}"'
 
 
 def infer(module: torch.nn.Module) -> InputSpec:
-    """The one input of a module, where its first layer settles the shape. LoadError, with the flag, elsewhere."""
-    needed = [name for name, default in parameters_of(module).items() if default is inspect.Parameter.empty]
+    """The one input of a module, where its first layer settles the shape. LoadError, with the flag, elsewhere.
+
+    A shape that the first layer takes is tried out where other layers may take another: the module runs on it.
+    """
+    parameters = parameters_of(module)
+    needed = [name for name, default in parameters.items() if default is inspect.Parameter.empty]
     if len(needed) != 1:
-        flags = " ".join(flag_for(module, name) for name in needed)
-        raise LoadError(f"the file does not say what shapes its inputs have; add {flags or '--input'} with your sizes")
+        # of all that transformers' models may be given, this is what they are of
+        main = [name for name in (getattr(module, "main_input_name", ""), *parameters) if name in parameters][:1]
+        flags = " ".join(flag_for(module, name) for name in needed or main)
+        others = [name for name in parameters if name not in (needed or main)]
+        also = f" (it also takes {', '.join(others[:4])}{', ...' * (len(others) > 4)})" if others else ""
+        raise LoadError(
+            f"the file does not say what shapes its inputs have; add {flags or '--input'} with your sizes{also}"
+        )
     found = next(_layers(module), None)
-    spec = None if found is None else _spec(needed[0], *found)
+    told = found is not None and (found[0] == "Embedding" or not _is_of_rows(needed[0]))
+    specs = [replace(spec, name=needed[0]) for spec in _specs(module, *found)] if found and told else []
+    spec = next((spec for spec in specs if _runs(module, spec)), None)
     if spec is None:
         kind = "" if found is None else f", and its first layer, {found[0]}, does not settle it"
         raise LoadError(
-            f"the file does not say what shape its input has{kind}; "
-            f'add --input "{needed[0]}:{_suggestion(*found) if found else "float32[batch,...]"}" with your sizes'
+            f"the file does not say what shape its input has{kind}; add {flag_for(module, needed[0])} with your sizes"
         )
     return spec
 
@@ -58,25 +82,62 @@ def _layers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.
                 break
 
 
-def _spec(name: str, kind: str, weight: torch.Tensor, layer: Any) -> InputSpec | None:
+def _is_of_rows(name: str) -> bool:
+    """Whether an input is called as those are that select rows of an embedding."""
+    return name in ("ids", "tokens", "indices") or name.endswith(("_ids", "_tokens", "_indices"))
+
+
+def _specs(module: torch.nn.Module, kind: str, weight: torch.Tensor, layer: Any) -> list[InputSpec]:
+    """What the first layer takes, the likelier first."""
     dtype = str(weight.dtype).removeprefix("torch.")
     size = int(weight.shape[-1]) if weight.ndim else 0
-    if kind in ("Linear", "LSTMCell", "GRUCell", "RNNCell"):
-        return InputSpec(name, dtype, ("batch", size))
-    if kind in ("LSTM", "GRU", "RNN", "MultiheadAttention"):
-        first = bool(getattr(layer, "batch_first", False))
-        return InputSpec(name, dtype, ("batch", "seq", size) if first else ("seq", "batch", size))
+    if kind in ("LSTMCell", "GRUCell", "RNNCell", "BatchNorm1d", "InstanceNorm1d"):
+        return [InputSpec("", dtype, ("batch", size))]
+    if kind in _OF_SEQUENCES:
+        return [_sequence(layer, dtype, size)]
     if kind == "Embedding":
-        return InputSpec(name, "int64", ("batch", "seq"), limit=int(weight.shape[0]))
-    if kind in ("BatchNorm1d", "InstanceNorm1d"):
-        return InputSpec(name, dtype, ("batch", size))
-    if kind == "LayerNorm":
-        return InputSpec(name, dtype, ("batch", *map(int, weight.shape)))
-    return None
+        return [InputSpec("", "int64", ("batch", "seq"), limit=int(weight.shape[0]))]
+    if kind in ("Linear", "LayerNorm"):
+        sizes = (size,) if kind == "Linear" else tuple(map(int, weight.shape))
+        further = next((found for name, _, found in _layers(module) if name in _OF_SEQUENCES), None)
+        if further is not None:  # runs on one sequence as well, which is no batch
+            return [_sequence(further, dtype, size)]
+        return [InputSpec("", dtype, ("batch", *sizes)), InputSpec("", dtype, ("batch", "seq", *sizes))]
+    return []
 
 
-def _suggestion(kind: str, weight: torch.Tensor, layer: Any) -> str:
+def _sequence(layer: Any, dtype: str, size: int) -> InputSpec:
+    first = bool(getattr(layer, "batch_first", False))
+    return InputSpec("", dtype, ("batch", "seq", size) if first else ("seq", "batch", size))
+
+
+def _runs(module: torch.nn.Module, spec: InputSpec) -> bool:
+    """Whether a module runs on an input of this shape; what it may have written to itself is put back."""
+    if isinstance(module, Scripted):  # told when it is traced, with the reason
+        return True
+    shape = [{"batch": _BATCH, "seq": _SEQ}.get(d, 1) if isinstance(d, str) else d for d in spec.dims]
+    value = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with torch.no_grad():
+            module(**{spec.name: value})
+    except Exception:  # whatever a layer raises for a shape that it does not take
+        return False
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return True
+
+
+def _suggestion(module: torch.nn.Module, name: str) -> str:
+    """Dtype and sizes of an input as far as they can be told, in the grammar of ``--input``."""
+    if _is_of_rows(name):
+        tables = (weight.shape[0] for kind, weight, _ in _layers(module) if kind == "Embedding")
+        return f"int64[batch,seq]<{next(tables, 'ROWS')}"
+    kind, weight, layer = next(_layers(module), ("", torch.empty(0), None))
     dtype = str(weight.dtype).removeprefix("torch.")
+    if name == "input_values":  # sound, as transformers' models take it
+        return f"{dtype}[batch,LENGTH]"
     if kind.startswith(("Conv", "BatchNorm", "InstanceNorm")) and kind[-2:] in _SPATIAL:
         transposed = "Transpose" in kind
         channels = int(weight.shape[0 if transposed or weight.ndim == 1 else 1])
