@@ -132,13 +132,18 @@ def loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-pickle", action="store_true", help="let a pickle run its code: only if you trust where it comes from"
     )
+    parser.add_argument(
+        "--fix-choices",
+        action="store_true",
+        help="where a TorchScript model branches on the values of its inputs, compile the way that random ones take",
+    )
 
 
 def loading(options: argparse.Namespace) -> LoadOptions:
     """What `loading_options` took."""
     from tncompile.frontend.load import LoadOptions
 
-    return LoadOptions(tuple(options.input), options.factory, options.trust_pickle)
+    return LoadOptions(tuple(options.input), options.factory, options.trust_pickle, options.fix_choices)
 
 
 def planning_options(parser: argparse.ArgumentParser) -> None:
