@@ -313,6 +313,8 @@ _SPECIAL: Mapping[str, Callable[..., Any]] = {
     "aten::len": len,
     "aten::numel": lambda x: x.numel(),
     "aten::tensor": _tensor,
+    # what a trace records of every convolution; all behind the groups is about cuDNN
+    "aten::_convolution": lambda *args: torch.ops.aten.convolution.default(*args[:9]),
     "aten::warn": lambda *_: None,
     "aten::is_floating_point": lambda x: x.is_floating_point(),
     "prim::dtype": lambda x: x.dtype,
