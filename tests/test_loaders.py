@@ -275,20 +275,6 @@ def test_torchscript_of_usual_layers(name: str, way: str, tmp_path: Path) -> Non
     assert agrees(path, module, [x], options(f"image:float32[{shapes}]")).range_constraints
 
 
-def test_torchscript_that_asks_for_values_says_so(tmp_path: Path) -> None:
-    class Asks(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if float(x.sum()) > 1e9:
-                return x * 2
-            return x + 1
-
-    path = tmp_path / "m.pt"
-    script(Asks(), path)
-    with pytest.warns(TNCompileWarning, match="asks for values of its inputs .*Float"):
-        program = load(path, options("x:float32[batch,3]"))
-    torch.testing.assert_close(program.module()(torch.ones(2, 3)), torch.full((2, 3), 2.0))
-
-
 def test_torchscript_that_refuses_its_inputs(tmp_path: Path) -> None:
     class Strict(nn.Module):
         def forward(self, x: torch.Tensor, rate: int) -> torch.Tensor:

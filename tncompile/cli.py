@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 import warnings
@@ -44,10 +45,19 @@ def _one_line_warnings() -> Iterator[None]:
         yield
 
 
+def _meant(word: str) -> str:
+    """The command that a word which is neither a command nor a file comes near to; "" where there is none."""
+    found = [] if os.path.lexists(word) else difflib.get_close_matches(word, COMMANDS, 1, 0.75)
+    return found[0] if found else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 done, 1 refused or failed a check, 2 wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     named = bool(arguments) and arguments[0] in COMMANDS
+    if arguments and not named and (meant := _meant(arguments[0])):
+        print(f"tncompile: no file and no command {arguments[0]!r}; did you mean {meant}?", file=sys.stderr)
+        return 2
     parser, run = COMMANDS[arguments[0]] if named else COMPILE
     try:
         with signals.raised(), _one_line_warnings():

@@ -336,9 +336,20 @@ def _checked(
     try:
         session = stored.session()
     except LoadError as error:
+        if isinstance(traced, OnnxModel) and (own := _why_not(traced)):
+            raise CheckError(f"ONNX Runtime does not run this model before it is compiled either: {own}") from error
         raise CheckError(f"what was compiled from it does not run: {error}") from error
     result = check_session(session, traced, batches, examples, _in_every_range(program))
     return result, session if session.is_open else None
+
+
+def _why_not(model: OnnxModel) -> str:
+    """Why ONNX Runtime cannot load an ONNX model as it came in; "" where it can."""
+    try:
+        Session(model.original, optimize=False)
+    except TNCompileError as error:
+        return str(error)
+    return ""
 
 
 def _in_every_range(program: Program) -> list[int]:

@@ -175,7 +175,7 @@ def test_sizes(text: str, value: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "100%", "12XB", "MB", "-5MB", "0.5", "infMB"])
 def test_wrong_sizes(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError):
         size(text)
 
 

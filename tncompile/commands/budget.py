@@ -90,14 +90,10 @@ def budget_of(options: argparse.Namespace) -> Budget:
 
 
 def size(text: str) -> float:
-    """``"5MB"`` -> 5e6 bytes; ``"25%"`` -> 0.25, a share. ValueError for anything else."""
-    number, percent, rest = text.strip().partition("%")
-    if not percent:
+    """``"5MB"`` -> 5e6 bytes; ``"25%"`` -> 0.25, a share; refuses anything else, as `argparse` wants it."""
+    if not text.strip().endswith("%"):
         return memory(text)
-    share = float(number) / 100
-    if rest or not 0 < share < 1:
-        raise ValueError(text)
+    share = positive(text.strip()[:-1]) / 100
+    if share >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a share below 100%, or a size like 5MB")
     return share
-
-
-size.__name__ = "size"

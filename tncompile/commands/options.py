@@ -22,33 +22,28 @@ PROFILE_HELP = "device profile to plan with (default: as `tncompile tune --devic
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """``"1,32"`` -> (1, 32). ValueError for anything but positive numbers."""
-    numbers = tuple(int(part) for part in text.split(",") if part.strip())
-    if not numbers or min(numbers) < 1:
-        raise ValueError(text)
-    return numbers
-
-
-sizes.__name__ = "list of sizes"  # what argparse calls a wrong one
+    """``"1,32"`` -> (1, 32); refuses anything but positive whole numbers, as `argparse` wants it."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give sizes of at least 1, with commas between them, like 1,32")
+    return tuple(map(int, parts))
 
 
 def positive(text: str) -> float:
-    """A positive number. ValueError for anything else."""
-    number = float(text)
+    """A positive number; refuses anything else, as `argparse` wants it."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not 0 < number < math.inf:
-        raise ValueError(text)
+        like = f"{float(text[:-1]) / 100:g} for {text}" if re.fullmatch(r"\d+(\.\d+)?%", text) else "0.01"
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0, like {like}")
     return number
-
-
-positive.__name__ = "positive number"
 
 
 def seconds(text: str) -> float:
     """As `positive`."""
     return positive(text)
-
-
-seconds.__name__ = "number of seconds"
 
 
 def count(text: str) -> int:
@@ -77,14 +72,14 @@ def names(known: Iterable[str], kind: str = "") -> Callable[[str], tuple[str, ..
 
 
 def memory(text: str) -> int:
-    """``"500MB"``, ``"2GiB"`` -> bytes. ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
-    if found is None or (size := float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")) < 1:
-        raise ValueError(text)
+    """``"500MB"``, ``"2GiB"`` -> bytes; refuses anything else, as `argparse` wants it."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", text.strip())
+    power = " KMGT".index(found[2].upper() or " ") if found else 0
+    if found is None or (size := float(found[1]) * (1024 if found[3] else 1000) ** power) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a size of at least a byte in B, kB, MB, GB or TB, or KiB, MiB, GiB or TiB, like 500MB"
+        )
     return int(size)
-
-
-memory.__name__ = "SIZE"
 
 
 def dimension(text: str) -> tuple[str, int]:
@@ -132,13 +127,18 @@ def loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-pickle", action="store_true", help="let a pickle run its code: only if you trust where it comes from"
     )
+    parser.add_argument(
+        "--fix-choices",
+        action="store_true",
+        help="where a TorchScript model branches on the values of its inputs, compile the way that random ones take",
+    )
 
 
 def loading(options: argparse.Namespace) -> LoadOptions:
     """What `loading_options` took."""
     from tncompile.frontend.load import LoadOptions
 
-    return LoadOptions(tuple(options.input), options.factory, options.trust_pickle)
+    return LoadOptions(tuple(options.input), options.factory, options.trust_pickle, options.fix_choices)
 
 
 def planning_options(parser: argparse.ArgumentParser) -> None:

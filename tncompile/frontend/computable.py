@@ -62,8 +62,30 @@ def functionalized(exported: torch.export.ExportedProgram, table: Any = None) ->
     """The graph without writes in place; `table` has further operators to write out, as torch's decompositions do."""
     with warnings.catch_warnings(), whole_einsums(), torch.no_grad():
         warnings.simplefilter("ignore")
-        functional: torch.export.ExportedProgram = exported.run_decompositions(table or _unrolled(exported))
+        written_out = {**(table or _unrolled(exported)), **dict.fromkeys(_POOLED, _adaptive_pool)}
+        functional: torch.export.ExportedProgram = exported.run_decompositions(written_out)
         return functional
+
+
+_POOLED = (_aten.adaptive_avg_pool3d.default, _aten._adaptive_avg_pool3d.default)
+"""Torch's exporter has these in up to two dimensions, or down to one place."""
+
+
+def _adaptive_pool(x: torch.Tensor, output: list[int]) -> Any:
+    """Of windows of one size, an average pool; else one mean over each window, a contraction along each axis."""
+    sizes = list(x.shape[-3:])
+    if not all(isinstance(n, int) for n in sizes):
+        return NotImplemented
+    if all(n % m == 0 for n, m in zip(sizes, output, strict=True)):
+        window = [n // m for n, m in zip(sizes, output, strict=True)]
+        return torch.nn.functional.avg_pool3d(x, window, window)
+    for axis, (n, m) in enumerate(zip(sizes, output, strict=True)):
+        starts, ends = [k * n // m for k in range(m)], [-(-(k + 1) * n // m) for k in range(m)]
+        place = torch.arange(n, device=x.device)
+        inside = [((place >= a) & (place < b)) / (b - a) for a, b in zip(starts, ends, strict=True)]
+        means = torch.stack(inside).to(x.dtype)
+        x = torch.tensordot(x, means, ([axis - 3], [1])).movedim(-1, axis - 3)
+    return x
 
 
 def _unrolled(exported: torch.export.ExportedProgram) -> dict[Any, Any]:

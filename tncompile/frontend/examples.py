@@ -14,34 +14,38 @@ from tncompile.errors import LoadError, TNCompileWarning, UnsupportedError
 from tncompile.frontend.files.infer import flag_for, highest_index, infer, is_torchs_own
 from tncompile.frontend.files.inputs import InputSpec, example_sizes
 from tncompile.frontend.names import is_variadic, parameters_of, under_names, with_fixed
+from tncompile.frontend.script.compare import compare, decide
 from tncompile.frontend.script.module import Scripted
 from tncompile.frontend.trace import DataDependentError, trace
 
 
-def trace_on_examples(module: torch.nn.Module, inputs: Sequence[InputSpec]) -> torch.export.ExportedProgram:
+def trace_on_examples(
+    module: torch.nn.Module, inputs: Sequence[InputSpec], fix_choices: bool = False
+) -> torch.export.ExportedProgram:
     """Trace a module on random inputs (seed 0) of the shapes given, or of what its first layer takes.
 
     Sizes with a name are dynamic where the model allows it; a TNCompileWarning says which it does not. LoadError
-    where the inputs are not those of the module, UnsupportedError where it cannot be traced on them.
+    where the inputs are not those of the module, UnsupportedError where it cannot be traced on them. TorchScript
+    is compared with its trace on other inputs; where it decides by their values, the trace is as these make it decide
+    where `fix_choices`, else it is refused.
     """
     given = bool(inputs)
     named = _named(module, list(inputs) if given else [infer(module)])
     sizes = example_sizes(named)
     fixed = {spec.name: spec.value for spec in named if spec.fixed}
     tensors = [spec for spec in named if not spec.fixed]
-    examples = _examples(tensors, sizes, highest_index(module))
+    below = highest_index(module)
+    examples = _examples(tensors, sizes, below)
     if fixed:
         module.forward = with_fixed(module.forward, fixed)
     try:
-        if isinstance(module, Scripted):
-            for choice in module.record(examples):
-                warnings.warn(
-                    f"the model asks for values of its inputs ({choice}); compiled for inputs that decide as random "
-                    "ones do",
-                    TNCompileWarning,
-                    stacklevel=2,
-                )
-        return _traced(module, tensors, examples, sizes, given)
+        if not isinstance(module, Scripted):
+            return _traced(module, tensors, examples, sizes, given)
+        chose = decide(module, examples, fix_choices)
+        program = _traced(module, tensors, examples, sizes, given)
+        others = [_examples(tensors, _other_sizes(program, tensors, sizes), below, k, k) for k in (1, -1)]
+        compare(module, program, [_called(module, e) for e in others if not chose or module.decides_alike(e)])
+        return program
     except DataDependentError:
         raise
     except UnsupportedError as error:
@@ -58,10 +62,8 @@ def _traced(
     given: bool,
 ) -> torch.export.ExportedProgram:
     """With the named sizes dynamic; else as many of them as torch manages; else with none."""
+    args, kwargs = _called(module, examples)
     order = [name for name in parameters_of(module) if name in examples]
-    leading = [name for name, known in zip(parameters_of(module), order, strict=False) if name == known]
-    args = tuple(examples[name] for name in leading)
-    kwargs = {name: examples[name] for name in order if name not in leading} or None
 
     def shapes(dims: dict[str, Any]) -> Any:
         found: dict[str, Any] = dict.fromkeys(order)
@@ -71,9 +73,9 @@ def _traced(
 
     dims = {name: torch.export.Dim(name) for name in sizes}
     if not dims:
-        return trace(module, args, kwargs, None)
+        return trace(module, args, kwargs or None, None)
     try:
-        return trace(module, args, kwargs, shapes(dims))
+        return trace(module, args, kwargs or None, shapes(dims))
     except UnsupportedError:
         pass
     by_name = {spec.name: {axis: d for axis, d in enumerate(spec.dims) if isinstance(d, str)} for spec in specs}
@@ -81,9 +83,9 @@ def _traced(
     batch_alone = len(sizes) == 1 and all([*axes] == [0] for axes in names)
     try:  # a batch alone may be dynamic all the same, see `tncompile.frontend.retrace`
         automatic = "batch" if batch_alone else shapes(dict.fromkeys(sizes, torch.export.Dim.AUTO))
-        program = trace(module, args, kwargs, automatic, names)
+        program = trace(module, args, kwargs or None, automatic, names)
     except UnsupportedError:
-        program = trace(module, args, kwargs, None)
+        program = trace(module, args, kwargs or None, None)
     kept = _dynamic(program, specs)
     lost = [name for name in sizes if name not in kept]
     if lost and not given:
@@ -97,6 +99,21 @@ def _traced(
             stacklevel=3,
         )
     return program
+
+
+def _called(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as positional arguments, and as named ones from the first that is left out on."""
+    order = [name for name in parameters_of(module) if name in inputs]
+    leading = [name for name, known in zip(parameters_of(module), order, strict=False) if name == known]
+    return tuple(inputs[name] for name in leading), {name: inputs[name] for name in order if name not in leading}
+
+
+def _other_sizes(
+    program: torch.export.ExportedProgram, specs: Sequence[InputSpec], sizes: dict[str, int]
+) -> dict[str, int]:
+    """The sizes of the trace, with one more of what is dynamic."""
+    dynamic = _dynamic(program, specs)
+    return {name: size + (name in dynamic) for name, size in sizes.items()}
 
 
 def _upper(spec: InputSpec, names: Sequence[str]) -> InputSpec:
@@ -160,14 +177,16 @@ def _rename(module: torch.nn.Module, names: Sequence[str]) -> None:
     module.forward = under_names(module.forward, inspect.signature(module.forward), names)
 
 
-def _examples(specs: Sequence[InputSpec], sizes: dict[str, int], below: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _examples(
+    specs: Sequence[InputSpec], sizes: dict[str, int], below: int, seed: int = 0, mean: float = 0.0
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     examples = {}
     for spec in specs:
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
         dtype: torch.dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
-            examples[spec.name] = torch.randn(shape, generator=generator).to(dtype)
+            examples[spec.name] = (torch.randn(shape, generator=generator) + mean).to(dtype)
         else:
             high = 2 if dtype is torch.bool else spec.limit or below
             examples[spec.name] = torch.randint(0, high, shape, generator=generator).to(dtype)

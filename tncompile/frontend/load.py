@@ -27,11 +27,13 @@ class LoadOptions:
 
     `inputs` give shapes where it has none; `model` makes the module that weights go into
     (``"package.module:factory"``, or the function itself); `trust_pickle` lets pickles run their code.
+    `fix_choices`: TorchScript that decides by the values of its inputs is taken as it does for random ones.
     """
 
     inputs: tuple[InputSpec, ...] = ()
     model: str | Callable[[], Any] | None = None
     trust_pickle: bool = False
+    fix_choices: bool = False
 
 
 def load(path: str | os.PathLike[str], options: LoadOptions | None = None) -> LoadedModel:
@@ -158,7 +160,7 @@ def _no_factory(options: LoadOptions) -> None:
 def _traced(module: torch.nn.Module, options: LoadOptions) -> torch.export.ExportedProgram:
     from tncompile.frontend.examples import trace_on_examples
 
-    return trace_on_examples(module.eval(), options.inputs)
+    return trace_on_examples(module.eval(), options.inputs, options.fix_choices)
 
 
 def _onnx(path: Path, options: LoadOptions) -> OnnxModel:

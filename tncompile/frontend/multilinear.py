@@ -85,6 +85,17 @@ def _outer(c: Context, a: Any, b: Any) -> Equation:
     return Equation([Product([(a, ["m"]), (b, ["n"])])], ["m", "n"])
 
 
+@register("kron")
+def _kron(c: Context, a: Any, b: Any) -> Equation:
+    """Axis k of the product is axis k of the one and then of the other; an axis that one has not is the other's."""
+    rank = len(shape_of(c.node))
+    left, right = (_labels(prefix, rank)[rank - rank_of(x) :] for prefix, x in (("m", a), ("n", b)))
+    output = [tuple(label for label in (f"m{k}", f"n{k}") if label in (*left, *right)) for k in range(rank)]
+    each = [*zip(left, shape_of(a), strict=True), *zip(right, shape_of(b), strict=True)]
+    sizes = {label: size for label, size in each if isinstance(size, int)}
+    return Equation([Product([(a, left), (b, right)])], output, sizes)
+
+
 @register("inner")
 def _inner(c: Context, a: Any, b: Any) -> Equation:
     left, right = _labels("m", rank_of(a) - 1), _labels("n", rank_of(b) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -106,9 +107,9 @@ class Report:
         parts: list[RenderableType] = []
         if self.networks:
             parts.append(self._table())
-            for net in self.networks:
-                if net.decisions:
-                    parts.append(Text.assemble((net.name, "bold"), ": ", "; ".join(net.decisions)))
+            told = Counter((net.name, "; ".join(net.decisions)) for net in self.networks if net.decisions)
+            for (name, decisions), count in told.items():
+                parts.append(Text.assemble((name, "bold"), _times(count), ": ", decisions))
         else:
             parts.append(Text("no tensor networks with weights in this model"))
         rest = [f"{self.views} views and sums without weights" * (self.views > 0)]
@@ -155,6 +156,7 @@ class Report:
             table.add_column(title, overflow="fold")
         for title in ("parameters\nof dense", f"MFLOP, {sizes}\nnaive dense now", "µs predicted\nnaive dense now"):
             table.add_column(title, justify="right", no_wrap=True)
+        rows: Counter[tuple[str, ...]] = Counter()
         for net in self.networks:
             cost = net.costs[largest].values()
             cells = (
@@ -165,8 +167,15 @@ class Report:
                 "  ".join(_short(c.flops / 1e6) for c in cost),
                 "  ".join(_few_digits(c.seconds * 1e6) for c in cost),
             )
-            table.add_row(*(Text(cell) for cell in cells))  # Text: shapes are not markup
+            rows[cells] += 1
+        for (name, *rest), count in rows.items():
+            table.add_row(*(Text(cell) for cell in (name + _times(count), *rest)))  # Text: shapes are not markup
         return table
+
+
+def _times(count: int) -> str:
+    """How often what is said once is so: the steps of an unrolled loop are alike."""
+    return f" ×{count}" if count > 1 else ""
 
 
 def _few(items: Sequence[str], limit: int = 3) -> str:

@@ -131,7 +131,10 @@ def _calibration(
     runs: list[Run] = []
     notes: list[str] = []
     for given, where in items:
-        found, left_out = cut(_named(given, inputs, where), model, where, 1 if whole else _RUNS)
+        named = _named(given, inputs, where)
+        if len(given) == 1 and not {*given} <= {*inputs, "", "arr_0"}:
+            notes.append(f"{where}: the array {next(iter(given))} is taken for the input {next(iter(named))}")
+        found, left_out = cut(named, model, where, 1 if whole else _RUNS)
         runs += found
         notes += left_out
         if whole and most is not None and sum(run.samples for run in runs) >= 4 * most:

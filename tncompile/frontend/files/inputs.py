@@ -64,7 +64,9 @@ def parse_input(text: str) -> InputSpec:
     if not name and dtype not in _DTYPES:  # x[batch,3]
         name, dtype = dtype, "float32"
     if dtype not in _DTYPES:
-        raise TNCompileError(f"input {text!r}: no dtype {dtype!r}; choose from {', '.join(sorted(_DTYPES.values()))}")
+        raise TNCompileError(
+            f"input {text!r}: no dtype {dtype!r}; choose from {', '.join(sorted({*_DTYPES.values()}))}"
+        )
     dims: list[int | str] = []
     examples: dict[str, int] = {}
     for part in (p.strip() for p in found["dims"].split(",")) if found["dims"].strip() else ():

@@ -56,7 +56,7 @@ def _checked_copy(path: Path) -> io.BytesIO:
     """The archive, read once, checked, and written anew: torch then reads what was checked and nothing else.
 
     Reading a TorchScript file restores classes of C++ and calls the `__setstate__` of its own; neither may be in it.
-    Its other methods are not called: their graphs are run by `tncompile.frontend.script`, operator by operator.
+    Its `forward` is run by `tncompile.frontend.script`, operator by operator, before torch's interpreter runs it.
     """
 
     def refusal(name: str) -> LoadError:

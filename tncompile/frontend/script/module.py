@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from tncompile.errors import UnsupportedError, first_line
 from tncompile.frontend.names import under_names
+from tncompile.frontend.script.choices import Choice, Choices, acts
 from tncompile.frontend.script.run import Answers, Graph, Path, Runner
 
 
@@ -26,6 +29,7 @@ class Scripted(torch.nn.Module):
         self.graph = Graph(script.forward)
         self.answers = Answers()
         self.written: set[str] = set()
+        self.run_by_torch = False
         arguments = script._c._get_method("forward").schema.arguments[1:]
         self.types = {a.name: str(a.type) for a in arguments}
         kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
@@ -44,6 +48,8 @@ class Scripted(torch.nn.Module):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        if self.run_by_torch:
+            return self._saved()(*bound.args)
         self.answers.next = 0
         copies: dict[str, Any] = {}
 
@@ -59,12 +65,39 @@ class Scripted(torch.nn.Module):
             self.written = {path for path, value in copies.items() if value._version != 0}
         return result
 
-    def record(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Run once with real numbers; which choices of the model hung on the values of the inputs.
+    def record(self, inputs: Mapping[str, Any]) -> tuple[Choice, ...]:
+        """Run once with real numbers; what the model chose by the values of the inputs.
 
         Tracing then takes the same ways. UnsupportedError where the module cannot run.
         """
-        self.answers = Answers(tainted={id(t): t for t in inputs.values() if isinstance(t, torch.Tensor)})
+        self.answers = self._answers(inputs)
+        self.answers.recording = False
+        found = self.answers.choices.made
+        self.answers.choices = Choices()  # whose tensors would be kept
+        return tuple(dict.fromkeys(found))
+
+    def decides_alike(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the model runs on these inputs, and reads the same numbers out of them as were recorded."""
+        recorded = self.answers
+        try:
+            return _same(self._answers(inputs).given, recorded.given)
+        except UnsupportedError:
+            return False
+        finally:
+            self.answers = recorded
+
+    @contextlib.contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Within it, calls are run by torch's own interpreter, each from the state that was saved."""
+        self.run_by_torch = True
+        try:
+            with torch.jit.optimized_execution(False), torch.no_grad():  # type: ignore[attr-defined]
+                yield
+        finally:
+            self.run_by_torch = False
+
+    def _answers(self, inputs: Mapping[str, Any]) -> Answers:
+        answers = self.answers = Answers(Choices.by(inputs.values()))
         try:
             with torch.no_grad():
                 self(**inputs)
@@ -72,9 +105,11 @@ class Scripted(torch.nn.Module):
             raise
         except Exception as error:  # whatever torch's operators raise for inputs that do not fit
             raise UnsupportedError(f"the model does not run on inputs of these shapes: {first_line(error)}") from error
-        self.answers.recording = False
-        self.answers.tainted = {}
-        return list(dict.fromkeys(self.answers.inputs))
+        return answers
+
+    def _saved(self) -> torch.jit.ScriptModule:
+        script: torch.jit.ScriptModule = self.__dict__["script"]
+        return copy.deepcopy(script) if acts(self.graph.graph) else script
 
     def _attribute(self, path: str) -> Any:
         own: Any = self
@@ -98,3 +133,10 @@ def _register(root: torch.nn.Module, path: str, tensor: torch.Tensor) -> None:
         root.register_parameter(name, tensor)
     else:
         root.register_buffer(name, tensor)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two answers are equal; nan is itself."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b or (a != a and b != b))

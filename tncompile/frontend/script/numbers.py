@@ -96,3 +96,5 @@ ON_NUMBERS: Mapping[str, Callable[..., Any]] = {
 #: those that take lists and dicts with anything in them, tensors too
 OF_CONTAINERS = {"__getitem__", "_set_item", "append", "extend", "insert", "pop", "reverse", "copy", "list", "slice"}
 OF_CONTAINERS |= {"len", "keys", "values", "items", "get", "add", "add_", "mul", "__is__", "__isnot__"}
+#: those that change the list or dict that they are given
+CHANGE_CONTAINERS = {"_set_item", "append", "extend", "insert", "pop", "add_"}

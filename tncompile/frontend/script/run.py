@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tncompile.errors import UnsupportedError
-from tncompile.frontend.script.numbers import OF_CONTAINERS, ON_NUMBERS
+from tncompile.frontend.script.choices import QUESTIONS, Choices
+from tncompile.frontend.script.numbers import CHANGE_CONTAINERS, OF_CONTAINERS, ON_NUMBERS
 
 #: operators of torch itself that read or write files
 TOUCHES_FILES = {"aten::from_file", "aten::save"}
 _NAMESPACES = ("aten", "prim", "prims")
-#: what a tensor's values decide: a number that cannot stay symbolic
-_QUESTIONS = {"Bool", "Int", "Float", "IntImplicit", "FloatImplicit", "ScalarImplicit", "item", "equal", "is_nonzero"}
-_QUESTIONS |= {"tolist", "allclose", "__contains__"}
-#: what is known of a tensor without its values
-_SHAPE_ONLY = {"size", "dim", "len", "dtype", "device", "layout", "requires_grad", "numel", "is_cuda", "sym_size"}
 
 
 @dataclass
 class Answers:
-    """What the values of tensors decided in one run with real numbers, in the order of the questions.
+    """What numbers were read out of tensors in one run with real numbers, in the order of the questions.
 
-    `inputs` counts those that hung on the inputs, not on weights alone: the traced graph holds for inputs that
-    decide alike. `tainted` are the tensors that hang on the inputs, by id, kept alive.
+    A trace is given the same ones. `choices` follows those that hang on the inputs while they are recorded.
     """
 
+    choices: Choices = field(default_factory=Choices)
     given: list[Any] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=list)
-    tainted: dict[int, torch.Tensor] = field(default_factory=dict)
     next: int = 0
     recording: bool = True
 
@@ -66,6 +60,7 @@ class Runner:
         self.graph = graph
         self.attribute = attribute
         self.answers = answers
+        self.choices = answers.choices if answers.recording else None
         self.state: dict[str, Any] = {}
 
     def call(self, args: Iterable[Any]) -> Any:
@@ -74,32 +69,35 @@ class Runner:
         for value, arg in zip(self.graph.graph.inputs(), (Path(""), *args), strict=True):
             env[value.debugName()] = arg
         results = self._block(self.graph.graph, env)
+        if self.choices is not None:
+            self.choices.returned(_names(self.graph.graph.outputs()))
         return results[0] if len(results) == 1 else tuple(results)
 
     def _block(self, block: Any, env: dict[str, Any]) -> list[Any]:
         for node in block.nodes():
-            outputs = [v.debugName() for v in node.outputs()]
             results = self._node(node, env)
-            env.update(zip(outputs, results, strict=True))
-        return [env[v.debugName()] for v in block.outputs()]
+            env.update(zip(_names(node.outputs()), results, strict=True))
+        return [env[name] for name in _names(block.outputs())]
 
     def _node(self, node: Any, env: dict[str, Any]) -> list[Any]:
         kind = node.kind()
         if kind == "prim::Constant":
             return [env[node.output().debugName()]]
         if kind == "prim::If":
-            (condition,) = node.inputs()
-            chosen = [*node.blocks()][0 if env[condition.debugName()] else 1]
-            return self._block(chosen, env)
+            return self._branch(node, env)
         if kind == "prim::Loop":
             return self._loop(node, env)
-        args = [env[v.debugName()] for v in node.inputs()]
+        inputs = _names(node.inputs())
+        args = [env[name] for name in inputs]
         if kind == "prim::GetAttr":
-            return [self._get(args[0], node.s("name"))]
+            return [self._get(args[0], node.s("name"), _names(node.outputs()))]
         if kind == "prim::SetAttr":
-            self.state[args[0].join(node.s("name"))] = args[1]
+            path = args[0].join(node.s("name"))
+            self.state[path] = args[1]
+            self._passed_on(inputs[1:], [_attribute(path)])
             return []
         if kind in _STRUCTURE:
+            self._passed_on(inputs, _names(node.outputs()))
             result = _STRUCTURE[kind](node, args)
             return [*result] if kind in ("prim::TupleUnpack", "prim::ListUnpack", "prim::ConstantChunk") else [result]
         if kind == "prim::RaiseException":
@@ -107,23 +105,49 @@ class Runner:
         result = self._operator(node, kind, args)
         return [] if node.outputsSize() == 0 else [*result] if node.outputsSize() > 1 else [result]
 
+    def _branch(self, node: Any, env: dict[str, Any]) -> list[Any]:
+        (condition,) = _names(node.inputs())
+        blocks = [*node.blocks()]
+        taken = 0 if env[condition] else 1
+        if self.choices is not None:
+            self.choices.branch(node, condition, taken)
+        results = self._block(blocks[taken], env)
+        self._each_passed_on(_names(blocks[taken].outputs()), _names(node.outputs()))
+        return results
+
     def _loop(self, node: Any, env: dict[str, Any]) -> list[Any]:
-        names = [v.debugName() for v in node.inputs()]
-        trips, going, *carried = (env[name] for name in names)
+        trips_name, going_name, *names = _names(node.inputs())
+        trips, going, *carried = (env[name] for name in (trips_name, going_name, *names))
         (block,) = node.blocks()
-        index_name, *carried_names = (v.debugName() for v in block.inputs())
+        index_name, *carried_names = _names(block.inputs())
         step = 0
-        while going and step < trips:
+        while True:
+            if self.choices is not None and not self.choices.numbers.isdisjoint((trips_name, going_name)):
+                self.choices.chosen("a loop", node)
+            if not (going and step < trips):
+                break
             env[index_name] = step
             env.update(zip(carried_names, carried, strict=True))
+            self._each_passed_on(names, carried_names)
             going, *carried = self._block(block, env)
+            going_name, *names = _names(block.outputs())
             step += 1
+        self._each_passed_on(names, _names(node.outputs()))
         return carried
 
-    def _get(self, owner: Any, name: str) -> Any:
+    def _passed_on(self, sources: Sequence[str], targets: Sequence[str]) -> None:
+        if self.choices is not None:
+            self.choices.passed_on(sources, targets)
+
+    def _each_passed_on(self, sources: Sequence[str], targets: Sequence[str]) -> None:
+        if self.choices is not None:
+            self.choices.renamed(dict(zip(targets, sources, strict=True)))
+
+    def _get(self, owner: Any, name: str, outputs: Sequence[str]) -> Any:
         if not isinstance(owner, Path):
             raise UnsupportedError("the TorchScript file holds a class that is not a module; export the model instead")
         path = owner.join(name)
+        self._passed_on([_attribute(path)], outputs)
         if path not in self.state:
             self.state[path] = self.attribute(path)
         return self.state[path]
@@ -132,17 +156,20 @@ class Runner:
 
     def _operator(self, node: Any, kind: str, args: list[Any]) -> Any:
         name = kind.partition("::")[2]
-        if name in ON_NUMBERS:
-            plain = self._numbers(name, args)
-            if plain is not None:
-                return ON_NUMBERS[name](*plain)
+        inputs, outputs = _names(node.inputs()), _names(node.outputs())
+        plain = self._numbers(name, args) if name in ON_NUMBERS else None
+        if self.choices is not None and (plain is None or name in CHANGE_CONTAINERS):
+            self.choices.number_used(node, inputs)
+        if plain is not None:
+            self._passed_on(inputs, outputs)
+            return ON_NUMBERS[name](*plain)
+        self._passed_on([], outputs)
         tensors = [*_tensors(args)]
-        if name in _QUESTIONS and tensors:
+        if name in QUESTIONS and tensors:
             return self._ask(node, kind, args, tensors)
         result = _call(node, kind, args)
-        if self.answers.recording and name not in _SHAPE_ONLY and any(id(t) in self.answers.tainted for t in tensors):
-            written = tensors[:1] if name.endswith("_") else []
-            self.answers.tainted.update({id(t): t for t in (*_tensors([result]), *written)})
+        if self.choices is not None:
+            self.choices.computed(name, tensors, _tensors([result]))
         return result
 
     def _numbers(self, name: str, args: list[Any]) -> list[Any] | None:
@@ -164,8 +191,8 @@ class Runner:
             return answers.given[answers.next - 1]
         value = _call(node, kind, args)
         answers.given.append(value)
-        if any(id(t) in answers.tainted for t in tensors):
-            answers.inputs.append(f"{kind.partition('::')[2]} at {_place(node)}")
+        if answers.choices.hangs(tensors):
+            answers.choices.numbers.update(_names(node.outputs()))
         return value
 
 
@@ -190,9 +217,14 @@ def _tensors(values: Any) -> Iterable[torch.Tensor]:
             yield from _tensors(value.values())
 
 
-def _place(node: Any) -> str:
-    lines = [line.strip() for line in node.sourceRange().splitlines() if line.strip().startswith("File ")]
-    return lines[-1].removeprefix("File ").rstrip(":") if lines else "an unknown line"
+def _names(values: Iterable[Any]) -> list[str]:
+    """Names of values of the graph, each once in it."""
+    return [value.debugName() for value in values]
+
+
+def _attribute(path: str) -> str:
+    """What an attribute is called among the values of the graph."""
+    return f"self.{path}"
 
 
 def _call(node: Any, kind: str, args: list[Any]) -> Any:
@@ -281,6 +313,8 @@ _SPECIAL: Mapping[str, Callable[..., Any]] = {
     "aten::len": len,
     "aten::numel": lambda x: x.numel(),
     "aten::tensor": _tensor,
+    # what a trace records of every convolution; all behind the groups is about cuDNN
+    "aten::_convolution": lambda *args: torch.ops.aten.convolution.default(*args[:9]),
     "aten::warn": lambda *_: None,
     "aten::is_floating_point": lambda x: x.is_floating_point(),
     "prim::dtype": lambda x: x.dtype,

@@ -1,0 +1,103 @@
+"""Rules for Fourier transforms: along each axis one product with the matrix of the transform."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tncompile.frontend.pairs.builder import Builder, Node, rule
+
+_aten = torch.ops.aten
+LONGEST_TRANSFORM = 4096
+"""A Fourier transform is a product with its matrix, which for more points would be too large."""
+
+_ALONG_ONE = (_aten.fft_fft.default, _aten.fft_ifft.default, _aten.fft_rfft.default, _aten.fft_irfft.default)
+#: transforms along several axes: what is done along the last of them, and along the others
+_LAST_AND_OTHERS: dict[str, tuple[Any, Any]] = {
+    "fft": (_aten.fft_fft.default, _aten.fft_fft.default),
+    "ifft": (_aten.fft_ifft.default, _aten.fft_ifft.default),
+    "rfft": (_aten.fft_rfft.default, _aten.fft_fft.default),
+    "irfft": (_aten.fft_irfft.default, _aten.fft_ifft.default),
+}
+
+
+@rule(*_ALONG_ONE)
+def _one(b: Builder, x: Node, n: int | None = None, dim: int = -1, norm: str | None = None) -> Node | None:
+    return _along(b, b.node.target, b.pairs.get(x, x), x in b.pairs, dim % b.value(x).ndim, n, norm)
+
+
+@rule(_aten.fft_fft2.default, _aten.fft_ifft2.default, _aten.fft_rfft2.default, _aten.fft_irfft2.default)
+def _two(
+    b: Builder, x: Node, s: Sequence[int] | None = None, dim: Sequence[int] = (-2, -1), norm: str | None = None
+) -> Node | None:
+    return _several(b, x, s, dim, norm)
+
+
+@rule(_aten.fft_fftn.default, _aten.fft_ifftn.default, _aten.fft_rfftn.default, _aten.fft_irfftn.default)
+def _several(
+    b: Builder,
+    x: Node,
+    s: Sequence[int] | None = None,
+    dim: Sequence[int] | None = None,
+    norm: str | None = None,
+) -> Node | None:
+    """One axis after the other: of a real tensor the last first, to a real one the last at the end."""
+    ndim = b.value(x).ndim
+    if dim is None:
+        dim = range(ndim) if s is None else range(-len(s), 0)
+    axes = [d % ndim for d in dim]
+    sizes = [None] * len(axes) if s is None else [None if n == -1 else n for n in s]
+    function: Any = b.node.target
+    kind = function._schema.name.rpartition("fft_")[2].rstrip("n2")
+    last, others = _LAST_AND_OTHERS[kind]
+    steps = [(others, axis, n) for axis, n in zip(axes[:-1], sizes[:-1], strict=True)]
+    steps.insert(len(steps) if kind == "irfft" else 0, (last, axes[-1], sizes[-1]))
+    value: Node | None = b.pairs.get(x, x)
+    paired = x in b.pairs
+    for step, axis, n in steps:
+        if value is None:
+            return None
+        value, paired = _along(b, step, value, paired, axis, n, norm), step is not _aten.fft_irfft.default
+    return value
+
+
+def _along(
+    b: Builder, function: Any, value: Node, paired: bool, axis: int, n: int | None, norm: str | None
+) -> Node | None:
+    """One axis of a real tensor, or of a pair, transformed; None where the axis is too long, or of no fixed size."""
+    example = value.meta["val"]
+    size, ndim = example.shape[axis], example.ndim - paired
+    if not isinstance(size, int) or not (n is None or isinstance(n, int)) or max(size, n or 0) > LONGEST_TRANSFORM:
+        return None
+    each = torch.eye(size, dtype=torch.complex128 if paired else torch.float64)
+    matrix = function(each, n, -1, norm)  # [from, to]
+    if paired:  # what i makes of it too
+        matrix = torch.stack([matrix, function(each * 1j, n, -1, norm)], 1)
+    becomes_pair = matrix.is_complex()
+    if becomes_pair:
+        matrix = torch.view_as_real(matrix)
+    kind = function._schema.name.rpartition("::")[2]
+    dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+    name = f"{kind}_{size}_{n or 'all'}_{norm or 'none'}_{len(matrix.shape)}"
+    weight = b.constant(name, matrix.to(dtype).contiguous())
+    axes = string.ascii_lowercase[:ndim]
+    before, after = axes + "Z" * paired, axes.replace(axes[axis], "Y") + "X" * becomes_pair
+    table = axes[axis] + "Z" * paired + "Y" + "X" * becomes_pair
+    return b.call(_aten.einsum.default, f"{before},{table}->{after}", [value, weight])
+
+
+@rule(_aten.fft_fftshift.default, _aten.fft_ifftshift.default)
+def _shifted(b: Builder, x: Node, dim: Sequence[int] | None = None) -> Node | None:
+    """A roll by half of each axis."""
+    shape = b.value(x).shape
+    axes = range(len(shape)) if dim is None else [d % len(shape) for d in dim]
+    forward = b.node.target is _aten.fft_fftshift.default
+    shifts = []
+    for axis in axes:
+        if not isinstance(shape[axis], int):
+            return None
+        shifts.append(shape[axis] // 2 if forward else (shape[axis] + 1) // 2)
+    return b.call(_aten.roll.default, b.pairs[x], shifts, [*axes])
