@@ -47,10 +47,11 @@ def _rewrite(builder: Builder, node: Node) -> None:
     with builder.graph.inserting_before(node):
         result = None if rule is None else rule(builder, *node.args, **node.kwargs)
     if result is None:
+        line = innermost_line(node.meta.get("stack_trace") or "", "")
+        where = f", at {line} ({line.code})" if line.file else ""
         raise UnsupportedError(
             f"{node.target} on complex numbers is not supported; write it on real and imaginary parts "
-            "(torch.view_as_real)",
-            innermost_line(node.meta.get("stack_trace") or "", ""),
+            f"(torch.view_as_real){where}"
         )
     if is_complex(node) or isinstance(node.meta.get("val"), (tuple, list)):
         builder.pairs[node] = result
