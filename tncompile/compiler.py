@@ -28,6 +28,7 @@ from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
 from tncompile.ir import Array, Opaque, Program, Switch
 from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
+from tncompile.passes.images import images
 from tncompile.runtime.accuracy import CheckReport
 from tncompile.runtime.check import check
 from tncompile.runtime.device import DEVICES
@@ -233,6 +234,7 @@ def compile_exported(
             result, session = _checked(stored, traced, batches, examples, program)
         watch("check")
     composed = stages.get("fold", traced.program)  # the last with cores as they were
+    context = replace(context, images=images(program))
     networks, views = summarize(composed, program, reports, context, file.storage.cores)
     report = Report(
         networks=networks,

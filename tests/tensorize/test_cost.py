@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from tncompile.frontend.importer import import_exported
 from tncompile.frontend.trace import trace
 from tncompile.ir import Program, Switch
 from tncompile.passes import Context
+from tncompile.passes.images import images
 from tncompile.passes.plans import cost_of
 from tncompile.tensorizer.cost import Predictor
 from tncompile.tensorizer.sites import Replacement, Site, composed, sites_of
@@ -28,6 +31,7 @@ def context_of(kind: type[nn.Module]) -> Context:
 
 def planned(program: Program, context: Context, cores: str) -> list[float]:
     """Seconds of the networks of a scheduled program that hold such cores, at each batch size."""
+    context = replace(context, images=images(program))
     total = [0.0] * len(context.batches)
     for node in program.nodes:
         networks = getattr(node, "cases", (node,))
