@@ -75,7 +75,7 @@ OUTPUTS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], list[str]]] = {
         ["u", "v.w", "v.z.0", "v.z.1"],
     ),
     "named tuple": (lambda m, a: Pair(m.l(a), a + 1), (X,), ["first", "second"]),
-    "none": (lambda m, a: (m.l(a), None, a + 1), (X,), ["output_0", "output_2"]),
+    "none": (lambda m, a: (m.l(a), None, a + 1), (X,), ["output_0", "output_1"]),
     "numbers": (lambda m, a: (m.l(a).sum(), 3.5, 2, True), (X,), ["output_0", "output_1", "output_2", "output_3"]),
     "an input": (lambda m, a: (a, m.l(a)), (X,), ["output_0", "output_1"]),
     "one value twice": (twice, (X,), ["output_0", "output_1"]),
