@@ -17,7 +17,9 @@ import onnx
 import pytest
 import torch
 
+import tncompile
 from tncompile.cli import main
+from tncompile.errors import TNCompileError
 
 
 class Bomb:
@@ -297,3 +299,9 @@ def test_from_a_shell_there_is_no_traceback_either(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == "tncompile: nothing.pt: no such file\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_script_in_memory_is_told_to_come_as_a_file() -> None:
+    script = torch.jit.script(torch.nn.Linear(4, 4).eval())
+    with pytest.raises(TNCompileError, match="tncompile.compile_file"):
+        tncompile.compile(script, (torch.randn(2, 4),))

@@ -49,6 +49,10 @@ def trace(
     sizes of each input are called, in the order of the arguments, and equal names are one size; without, the names are
     those of `torch.export.Dim`. Dataclasses that torch does not know are returned as dicts of their fields.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            "TorchScript comes in as a file: module.save('model.pt'), then `tncompile model.pt` or tncompile.compile_file"
+        )
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
     # torch.export marks the tensors it is given as dynamic, for good: it gets copies
