@@ -51,7 +51,7 @@ def trace(
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedError(
-            "TorchScript comes in as a file: module.save('model.pt'), then `tncompile model.pt` or tncompile.compile_file"
+            "TorchScript comes in as a file: module.save('model.pt'), then tncompile.compile_file('model.pt')"
         )
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
