@@ -75,6 +75,7 @@ class Session:
         source: Any = model if isinstance(model, bytes) else str(model)
         try:
             self._session = ort.InferenceSession(source, options, providers=list(providers))
+            self._session.get_inputs(), self._session.get_outputs()  # names of a damaged file may be no text
         except Exception as error:  # onnxruntime's own exceptions have no common base
             what = "the model" if isinstance(model, bytes) else str(Path(model))
             if found := re.search(r"Could not find an implementation for (\w+)", str(error)):

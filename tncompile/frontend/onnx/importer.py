@@ -6,6 +6,7 @@ import ast
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -71,7 +72,9 @@ class OnnxModel:
         whole = onnx.ModelProto()
         whole.CopyFrom(self.file)
         if self.folder:
-            onnx.external_data_helper.load_external_data_for_model(whole, self.folder)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # onnx's own, of keys that mean nothing to it
+                onnx.external_data_helper.load_external_data_for_model(whole, self.folder)
         try:
             return bytes(whole.SerializeToString(deterministic=True))
         except Exception as error:  # what protobuf raises for too large a message is its own affair
