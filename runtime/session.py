@@ -75,7 +75,8 @@ class Session:
         source: Any = model if isinstance(model, bytes) else str(model)
         try:
             self._session = ort.InferenceSession(source, options, providers=list(providers))
-            self._session.get_inputs(), self._session.get_outputs()  # names of a damaged file may be no text
+            self._inputs = {i.name: (i.type, i.shape) for i in self._session.get_inputs()}  # of damaged files no text
+            self._outputs = [o.name for o in self._session.get_outputs()]
         except Exception as error:  # onnxruntime's own exceptions have no common base
             what = "the model" if isinstance(model, bytes) else str(Path(model))
             if found := re.search(r"Could not find an implementation for (\w+)", str(error)):
@@ -93,12 +94,12 @@ class Session:
     @property
     def inputs(self) -> dict[str, tuple[str, list[Any]]]:
         """Element type and shape of each input, by name; a dynamic dimension is its name."""
-        return {i.name: (i.type, i.shape) for i in self._session.get_inputs()}
+        return self._inputs
 
     @property
     def outputs(self) -> list[str]:
         """Names of the outputs."""
-        return [o.name for o in self._session.get_outputs()]
+        return self._outputs
 
     @property
     def providers(self) -> list[str]:
