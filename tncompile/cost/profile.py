@@ -210,7 +210,7 @@ class DeviceProfile:
         """The profile that `to_json` made. LoadError for damaged text, or one of another version."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LoadError(f"not a device profile: damaged JSON ({error})") from error
         if not isinstance(data, dict) or "version" not in data:
             raise LoadError("not a device profile: no version")

@@ -40,6 +40,9 @@ def read(source: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
         raise LoadError(f"{name}: not a readable ONNX file, truncated or corrupted; copy or export it again") from error
     if not model.HasField("graph") or not model.graph.output:
         raise LoadError(f"{name}: an ONNX file without a graph or outputs; copy or export it again")
+    names = [output.name for output in model.graph.output]
+    if len({*names}) < len(names):
+        raise LoadError(f"{name}: two outputs have the same name; rename one, or export it again")
     for text in _texts(model):
         if isinstance(text, bytes):  # what protobuf gives where it is not UTF-8
             raise LoadError(f"{name}: holds a name or text that is not UTF-8 ({text[:40]!r}); copy or export it again")
