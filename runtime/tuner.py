@@ -83,18 +83,19 @@ class Tuner:
     def _race(self, networks: Sequence[Network], symbols: Mapping[str, int], shown: bool, budget: float) -> list[float]:
         feeds = feeds_of(networks[0], symbols)
         entrants = {}
-        models = [model_of(network, shown) for network in networks]
-        for number, model in enumerate(models):
+        models: dict[str, bytes] = {}
+        for number, network in enumerate(networks):
             try:
+                model = model_of(network, shown)
                 call = self._call(model, feeds)
                 call()
             except Exception:  # ONNX Runtime's own have no common base; what cannot run is no candidate
                 continue
-            entrants[str(number)] = call
+            entrants[str(number)], models[str(number)] = call, model
         first = race(entrants, rounds=7, budget_s=0.5 * budget)
         times = {name: first.median(name) / 1e3 for name in entrants}
         best = sorted(times, key=lambda name: times[name])[:FINALISTS]
-        again = {(name, k): self._call(models[int(name)], feeds) for name in best for k in range(1, SESSIONS)}
+        again = {(name, k): self._call(models[name], feeds) for name in best for k in range(1, SESSIONS)}
         calls = {f"{name}.0": entrants[name] for name in best} | {f"{name}.{k}": c for (name, k), c in again.items()}
         final = race(calls, rounds=60, budget_s=0.5 * budget)
         longer = {n: statistics.fmean(final.median(f"{n}.{k}") for k in range(SESSIONS)) / 1e3 for n in best}

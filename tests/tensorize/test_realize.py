@@ -78,9 +78,11 @@ def option(site: Site, bits: str, rank: int | None = None) -> Option:
     return Option(site, made, bits, 0.0, 0.0, 0)
 
 
-def made(exported: torch.export.ExportedProgram, *options: Option, **given: Any) -> Realized:
+def made(
+    exported: torch.export.ExportedProgram, *options: Option, batch: tuple[int, ...] = (1, 16), **given: Any
+) -> Realized:
     plan = Plan(options)
-    return realize(substituted(exported, replacements(plan)), plan, (), {"batch": (1, 16)}, **given)
+    return realize(substituted(exported, replacements(plan)), plan, (), {"batch": batch}, **given)
 
 
 def floats(data: bytes) -> int:
@@ -117,7 +119,7 @@ def test_joined_weights_are_in_their_bits(joined: None, bits: str) -> None:
 @pytest.mark.parametrize("bits", ["int8-weights", "int8"])
 def test_cores_of_joined_weights_are_in_their_bits(joined: None, bits: str, together: bool) -> None:
     exported, sites, joint = traced(Attention)
-    options = [option(joint[0], bits, 24)] if together else [option(site, bits, 8) for site in sites.values()]
+    options = [option(joint[0], bits, 24)] if together else [option(site, bits, 4) for site in sites.values()]
     found = made(exported, *options)
     assert any(len(core.sources) == 4 for network in found.compiled.program.networks for core in network.cores)
     assert found.written == dict.fromkeys(sites, bits)
@@ -128,7 +130,8 @@ def test_cores_of_joined_weights_are_in_their_bits(joined: None, bits: str, toge
 def test_what_one_of_two_factors_cannot_be_in_neither_is(joined: None) -> None:
     """ONNX Runtime has no four bits for a matmul of several matrices at once, which the second factors become."""
     exported, sites, _ = traced(Attention)
-    found = made(exported, *(option(site, "int4", 8) for site in sites.values()), allowed=("fp32", "int8", "int4"))
+    options = [option(site, "int4", 4) for site in sites.values()]
+    found = made(exported, *options, batch=(16,), allowed=("fp32", "int8", "int4"))
     assert found.written == dict.fromkeys(sites, "int8")
     assert all("kept in int8, not int4" in note for note in found.notes)
     assert len(found.notes) == 4

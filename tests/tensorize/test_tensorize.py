@@ -241,8 +241,8 @@ def test_an_onnx_model_is_taken(tmp_path: Path) -> None:
     ("arguments", "code", "told"),
     [
         ((), 2, "name a budget"),
-        (("--max-error", "-1"), 2, "invalid positive number"),
-        (("--max-size", "12XB"), 2, "invalid size"),
+        (("--max-error", "-1"), 2, "give a number above 0"),
+        (("--max-size", "12XB"), 2, "give a size"),
         (("--max-error", "0.1", "--bits", "int3"), 2, "no int3"),
         (("--max-drop", "0.1"), 2, "name a budget"),
         (("--metric", "nowhere:accuracy"), 1, "no module nowhere"),
