@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from tncompile.cost.schedule import IMAGE
 from tncompile.ir import Network, Opaque, Program, networks_of
 from tncompile.passes.pointwise import ONNX_POINTWISE, POINTWISE
 
-_KEPT = ("pool", "cat", "batch_norm", "batchnorm")
-"""What the names of further operators have in them that take blocks and leave blocks."""
+_MADE = re.compile(r"_?conv(?!ert)")
+_KEPT = re.compile(r".*pool|cat$|concat|.*batch_?norm")
+"""How the names of operators begin that leave blocks, and of further ones that take and leave them."""
 
 
 def images(program: Program) -> frozenset[str]:
@@ -17,9 +20,9 @@ def images(program: Program) -> frozenset[str]:
         if len(node.value.shape or ()) != IMAGE:
             continue
         if isinstance(node, Opaque):
-            name = node.target.lower()
-            kept = node.target in POINTWISE | ONNX_POINTWISE or any(part in name for part in _KEPT)
-            made = "conv" in name or (kept and any(read in found for read in node.inputs))
+            name = node.target.partition(".")[2].partition(".")[0].lower()
+            kept = node.target in POINTWISE | ONNX_POINTWISE or _KEPT.match(name)
+            made = bool(_MADE.match(name)) or (bool(kept) and any(read in found for read in node.inputs))
         else:
             made = any(_is_image(network, found) for network in networks_of(node))
         if made:

@@ -95,8 +95,11 @@ class Tuner:
         first = race(entrants, rounds=7, budget_s=0.5 * budget)
         times = {name: first.median(name) / 1e3 for name in entrants}
         best = sorted(times, key=lambda name: times[name])[:FINALISTS]
-        again = {(name, k): self._call(models[name], feeds) for name in best for k in range(1, SESSIONS)}
-        calls = {f"{name}.0": entrants[name] for name in best} | {f"{name}.{k}": c for (name, k), c in again.items()}
+        calls = {
+            f"{name}.{k}": self._call(models[name], feeds) if k else entrants[name]
+            for name in best
+            for k in range(SESSIONS)
+        }
         final = race(calls, rounds=60, budget_s=0.5 * budget)
         longer = {n: statistics.fmean(final.median(f"{n}.{k}") for k in range(SESSIONS)) / 1e3 for n in best}
         # of those out of the running a time is only known to be above those of the finalists

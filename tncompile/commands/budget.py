@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from tncompile.commands.options import count, memory, names, positive, seconds
+from tncompile.commands.options import count, memory, names, positive
 from tncompile.tensorizer.budget import FORMATS, Budget
 
 BITS = ("fp32", "fp16", "int8-weights", "int8", "int8-static", "int4-weights", "int4")
@@ -56,7 +56,7 @@ def budget_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--heal",
-        type=seconds,
+        type=positive,
         metavar="SECONDS",
         help="train the cores to give what the dense layers gave on the calibration data, part by part, for so long",
     )

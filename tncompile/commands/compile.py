@@ -20,7 +20,7 @@ from tncompile.commands.options import (
     loading_options,
     passes,
     planning_options,
-    seconds,
+    positive,
 )
 from tncompile.commands.paths import check_paths
 from tncompile.runtime.files import write_file
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "--tune",
         nargs="?",
         const=30.0,
-        type=seconds,
+        type=positive,
         metavar="SECONDS",
         help="time the best plans in ONNX Runtime, for so many seconds in all (default 30), and torch's own export "
         "(or the original ONNX file) beside the result; what was timed before is remembered",

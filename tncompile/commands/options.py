@@ -41,11 +41,6 @@ def positive(text: str) -> float:
     return number
 
 
-def seconds(text: str) -> float:
-    """As `positive`."""
-    return positive(text)
-
-
 def count(text: str) -> int:
     """A positive whole number. ValueError for anything else."""
     number = int(text)
