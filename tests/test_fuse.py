@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tncompile
 from tncompile.cli import main
@@ -189,6 +191,78 @@ def test_a_column_is_computed_as_a_row(tmp_path: Path) -> None:
     for mine, wide in zip(y.values(), reference, strict=True):
         assert mine.shape == tuple(wide.shape)
         np.testing.assert_allclose(mine, wide.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_short_column_is_not_written_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Softsign(), torch.nn.Conv2d(16, 16, (64, 1)))  # 64 places
+    compiled, seen = compile_and_optimize(module, (torch.randn(2, 16, 127, 1),), tmp_path)
+    assert "com.microsoft.nchwc:Conv" in seen.after
+    assert len(compiled.onnx) < 1.2 * 16 * 16 * 64 * 4
+    assert error(compiled, module, (torch.randn(3, 16, 127, 1),)) < RELATIVE
+
+
+class Sound(torch.nn.Module):
+    """Layers over one axis as models of sound have them: a residual, a norm, a depthwise convolution, a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv1d(1, 32, 9, stride=2, padding=4)  # few products a result: stays as it is
+        self.second = torch.nn.Conv1d(32, 32, 3, padding=2, dilation=2)
+        self.depthwise = torch.nn.Conv1d(32, 32, 5, padding=(2,), groups=32)
+        self.norm, self.prelu = torch.nn.BatchNorm1d(32), torch.nn.PReLU(32)
+        self.gain = torch.nn.Parameter(torch.randn(32, 1))
+        self.last = torch.nn.Conv1d(32, 16, 4, stride=3)
+        torch.nn.init.normal_(self.norm.running_mean)
+        torch.nn.init.uniform_(self.prelu.weight, -1.5, 1.5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.first(x.unsqueeze(1)).relu()
+        y = torch.nn.functional.max_pool1d(x + self.gain * self.prelu(self.second(x)), 3, 2, 1)
+        y = self.norm(self.depthwise(y)).relu()
+        return self.last(y).sigmoid().mean(-1), y
+
+
+def test_sequences_are_computed_as_images_of_one_row(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Sound()
+    compiled, seen = compile_and_optimize(module, (torch.randn(3, 400),), tmp_path)
+    model = onnx.load_from_string(compiled.onnx)
+    kernels = [list(a.ints) for n in model.graph.node for a in n.attribute if a.name == "kernel_shape"]
+    assert sorted(kernels) == [[1, 3], [1, 3], [1, 4], [1, 5], [9]]
+    assert seen.after["com.microsoft.nchwc:Conv"] >= 3
+    assert {t.name for t in model.graph.initializer} <= {name for node in model.graph.node for name in node.input}
+    x = torch.randn(5, 400)
+    y = compiled.run(x)
+    with torch.no_grad():
+        reference = module.double()(x.double())
+    for mine, wide in zip(y.values(), reference, strict=True):
+        assert mine.shape == tuple(wide.shape)
+        np.testing.assert_allclose(mine, wide.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    channels=st.sampled_from([1, 3, 8, 16, 20, 32, 40]),
+    filters=st.sampled_from([1, 16, 24, 32]),
+    groups=st.sampled_from([1, 1, 2, "all"]),
+    kernel=st.integers(1, 40),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    seed=st.integers(0, 1000),
+)
+def test_any_convolution_of_sequences(
+    channels: int, filters: int, groups: int | str, kernel: int, stride: int, dilation: int, padding: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    count = channels if groups == "all" else int(groups)
+    if channels % count or filters % count:
+        filters, channels = filters * count, channels * count
+    layer = torch.nn.Conv1d(channels, filters, kernel, stride, padding, dilation, groups=count)
+    module = torch.nn.Sequential(torch.nn.Softsign(), layer, torch.nn.ReLU(), torch.nn.MaxPool1d(2, ceil_mode=True))
+    compiled = tncompile.compile(module.eval(), (torch.randn(2, channels, 96),), batch=(1, 4))
+    assert error(compiled, module, (torch.randn(3, channels, 96),)) < RELATIVE
 
 
 class Image(torch.nn.Module):

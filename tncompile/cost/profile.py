@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
+from tncompile.cost.kernels import BLOCK
 from tncompile.cost.table import Table
 from tncompile.errors import LoadError
 
@@ -16,9 +17,6 @@ VERSION = 1
 _BRANCH = 7e-6
 _IMAGE = 1.5e-7  # seconds, to begin one image of one group
 _NARROW = 2.0  # how many times as slow as large products the products of a few channels are
-BLOCK = 8
-"""Channels that ONNX Runtime keeps side by side in a convolution, on any processor."""
-_ALIGNED = 4  # channels of an image that is put in blocks come in multiples of so many
 _IN_BLOCKS, _IN_ROWS = 1.05, 0.55  # shares of the best rate that kernels for images of two dimensions reach
 _CACHED = 1 << 16
 
@@ -154,10 +152,6 @@ class DeviceProfile:
         unfolded = self.copy(images * channels * taps * space)
         products = 2.0 * outputs * channels * taps / self.sustained
         return self.node + images * _IMAGE + (1.5 * unfolded + _NARROW * products) * width
-
-    def is_direct(self, channels: int, axes: int, itemsize: int) -> bool:
-        """Whether a convolution without groups, over so many axes, is computed without unfolding its images."""
-        return axes == 2 and itemsize == 4 and (channels < self.strip or channels % _ALIGNED == 0)
 
     @lru_cache(maxsize=_CACHED)  # noqa: B019
     def direct_time(self, batch: int, channels: int, filters: int, taps: int, space: int) -> float:

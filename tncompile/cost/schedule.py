@@ -25,6 +25,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tncompile.cost.kernels import gains_as_image, takes_images
 from tncompile.cost.layouts import (
     MAX_SPACE,
     Classes,
@@ -303,7 +304,7 @@ class Scheduler:
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
         seconds = turned + self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
         if before and not c.batch and self._is_space(x, after):  # a 1x1 convolution
-            direct = turned and len(self.axes) == IMAGE and self.profile.is_direct(k, 2, self.itemsize)
+            direct = turned and len(self.axes) == IMAGE and self.itemsize == 4 and takes_images(k)
             alone = self.profile.conv_time(batch, k, m, n, self.itemsize)
             seconds = min(seconds, self.profile.direct_time(batch, k, m, 1, n) if direct else turned + alone)
         for free in orders(c.right):
@@ -331,7 +332,7 @@ class Scheduler:
         left = tuple(out.get(i, i) for i in parts.space)
         batch, groups, channels = map(self.size, (parts.batch, parts.groups, parts.channels))
         filters, taps, space = self.size(parts.filters), self.size(w.kernel for w in windows), self.size(left)
-        direct = groups == 1 and self.profile.is_direct(channels, len(left), self.itemsize)
+        direct = self.itemsize == 4 and groups == 1 and self._is_direct(channels, filters, taps, left)
         if direct:
             seconds = self.profile.direct_time(batch, channels, filters, taps, space)
         else:
@@ -340,8 +341,17 @@ class Scheduler:
         wanted = direct and channels >= self.profile.strip
         if groups == 1 and (blocked != wanted or (blocked and moved)):  # with groups their price has that in it
             seconds += self.profile.turned_time(batch, groups * channels, self.size(parts.space))
+        if direct and len(self.axes) < IMAGE:  # a sequence, as an image of one row between two Reshapes
+            seconds += self.profile.turned_time(batch, filters, space)
         for free in orders(parts.filters):
             yield seconds + moved, "convolve", (*parts.batch, *parts.groups, *free, *left)
+
+    def _is_direct(self, channels: int, filters: int, taps: int, space: Layout) -> bool:
+        """Whether a convolution without groups is computed on images that are not unfolded."""
+        axes = self.axes[2:]
+        if len(axes) == IMAGE - 2 and tuple(i for axis in axes for i in axis) == space and len(space) <= len(axes):
+            return takes_images(channels)
+        return len(space) == 1 and len(self.axes) < IMAGE and gains_as_image(1, channels, filters, taps)
 
     def _multiply(self, x: Layout, y: Layout, core: bool, c: Classes) -> _Form:
         full = (*x, *c.right)

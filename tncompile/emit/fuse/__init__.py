@@ -13,6 +13,7 @@ from tncompile.emit.fuse.activation import prelu_of_images, softmax_of_images
 from tncompile.emit.fuse.attention import fuse_attention
 from tncompile.emit.fuse.long_axis import long_axis_last
 from tncompile.emit.fuse.reshapes import reshapes_around_elementwise
+from tncompile.emit.fuse.sequences import sequences_as_images
 from tncompile.emit.fuse.sizes import sizes_from_inputs
 from tncompile.frontend.trace import silence
 
@@ -22,6 +23,7 @@ RULES = (
     softmax_of_images,
     prelu_of_images,
     long_axis_last,
+    sequences_as_images,
     reshapes_around_elementwise,  # last: the other rules know these patterns with their Reshapes
 )
 

@@ -12,10 +12,11 @@ from tncompile.emit.fuse.match import Editor, constant, shape_of
 def prelu_of_images(graph: onnx_ir.Graph) -> int:
     """PRelu behind a Conv -> one Relu and two scales; the number of places.
 
-        y = PRelu(Conv(..), s)  ->  r = Relu(Conv(..));  y = s · Conv(..) + (1 - s) · r
+        y = PRelu(Conv(..), s)  ->  r = Relu(Conv(..));  y = (1 - s) · r + s · Conv(..)
 
     ONNX Runtime's CPU kernel of PRelu decides element by element, and is not one of those that run in the blocked
-    layout of its convolutions, so that the image is rearranged before and behind it; Relu, Mul and Add are.
+    layout of its convolutions, so that the image is rearranged before and behind it; Relu, Mul and Add are. With the
+    terms in this order the image has been scaled when Relu runs, which then needs no memory of its own.
 
     Conditions: float32; an image of four axes; s is a constant that varies along the channels at most.
     """
@@ -30,7 +31,7 @@ def prelu_of_images(graph: onnx_ir.Graph) -> int:
         editor = Editor(graph)
         rest = editor.constant("prelu.rest", (1.0 - slope.astype(np.float64)).astype(np.float32))
         relu = editor.node("Relu", [image], node, shape)
-        parts = [editor.node("Mul", pair, node, shape) for pair in ([image, node.inputs[1]], [relu, rest])]
+        parts = [editor.node("Mul", pair, node, shape) for pair in ([relu, rest], [image, node.inputs[1]])]
         match.replace(node.outputs[0], editor.node("Add", parts, node, shape))
         count += 1
     return count

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import onnx_ir
 
 from tncompile.emit.fuse import match
-from tncompile.emit.fuse.match import Editor, constant, shape_of
-
-_SPATIAL = ("Conv", "MaxPool", "AveragePool")
-_ELEMENTWISE = (
-    "Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "Softplus", "HardSigmoid", "HardSwish", "Gelu", "Clip", "Erf",
-    "BatchNormalization", "PRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Identity",
-)  # fmt: skip
+from tncompile.emit.fuse.match import Dims, Editor, constant, shape_of
+from tncompile.emit.fuse.turned import SPATIAL, Turn
 
 
 def long_axis_last(graph: onnx_ir.Graph) -> int:
@@ -29,134 +27,56 @@ def long_axis_last(graph: onnx_ir.Graph) -> int:
     2. else elementwise functions, whose constants vary along channels at most;
     3. every value of the region has a static last axis of size 1.
     """
-    count, seen = 0, set[onnx_ir.Node]()
-    for node in list(graph):
-        if node not in seen and _is_member(node) and match.is_op(node, "Conv"):
-            region = _region(node)
-            seen |= region
-            _swap([n for n in graph if n in region], graph)
-            count += 1
-    return count
+    return _Column().apply(graph)
 
 
-def _narrow(value: onnx_ir.Value | None) -> bool:
-    shape = shape_of(value)
-    return shape is not None and len(shape) == 4 and shape[3] == 1 and shape[2] != 1
+class _Column(Turn):
+    there, back = (0, 0, 1, -1), (0, 0, -1, 1)
 
+    def fits(self, shape: Dims) -> bool:
+        return len(shape) == 4 and shape[3] == 1
 
-def _image(value: onnx_ir.Value | None) -> bool:
-    shape = shape_of(value)
-    return shape is not None and len(shape) == 4 and shape[3] == 1
-
-
-def _is_member(node: onnx_ir.Node) -> bool:
-    if match.is_op(node, *_SPATIAL):
+    def takes(self, node: onnx_ir.Node) -> bool:
         kernel = match.attribute(node, "kernel_shape")
         pads, auto = match.attribute(node, "pads"), match.attribute(node, "auto_pad", "NOTSET")
-        if match.is_op(node, "Conv") and constant(node.inputs[1]) is None:
-            return False
-        if kernel is None and match.is_op(node, "Conv"):
-            kernel = shape_of(node.inputs[1])[2:]  # type: ignore[index]
+        if match.is_op(node, "Conv"):
+            weight = constant(node.inputs[1])
+            if weight is None:
+                return False
+            kernel = kernel or weight.shape[2:]
+        shape = shape_of(node.inputs[0])
         return (
-            len(node.outputs) == 1
-            and _narrow(node.inputs[0])
-            and _image(node.outputs[0])
+            shape is not None
+            and shape[2] != 1
             and len(kernel) == 2
             and kernel[1] == 1
             and auto in ("NOTSET", "VALID")
             and (pads is None or (pads[1] == pads[3] == 0))
         )
-    if not match.is_op(node, *_ELEMENTWISE) or len(node.outputs) != 1 or not _image(node.outputs[0]):
-        return False
-    return all(_image(v) or _flat(v, node) for v in node.inputs if v is not None)
 
+    def keeps(self, node: onnx_ir.Node, position: int) -> bool:
+        """A constant that is the same whichever of the last two axes comes first."""
+        array = constant(node.inputs[position])
+        assert array is not None
+        if match.is_op(node, "BatchNormalization"):
+            return array.ndim == 1
+        return (array.ndim < 2 and array.size == 1) or (array.ndim >= 2 and array.shape[-2:] == (1, 1))
 
-def _flat(value: onnx_ir.Value, node: onnx_ir.Node) -> bool:
-    """A constant that is the same whichever of the last two axes comes first."""
-    array = constant(value)
-    if array is None:
-        return False
-    if match.is_op(node, "BatchNormalization"):
-        return array.ndim == 1
-    return (array.ndim < 2 and array.size == 1) or (array.ndim >= 2 and array.shape[-2:] == (1, 1))
+    def turned(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+        return (*shape[:-2], shape[-1], shape[-2])
 
-
-def _region(start: onnx_ir.Node) -> set[onnx_ir.Node]:
-    found, todo = {start}, [start]
-    while todo:
-        node = todo.pop()
-        around = [v.producer() for v in node.inputs if v is not None and _image(v)]
-        around += [use.node for use in node.outputs[0].uses()]
-        for other in around:
-            if other is not None and other not in found and _is_member(other):
-                found.add(other)
-                todo.append(other)
-    return found
-
-
-def _swap(region: list[onnx_ir.Node], graph: onnx_ir.Graph) -> None:
-    editor, inside = Editor(graph), {*region}
-    turned: dict[onnx_ir.Value, onnx_ir.Value] = {}
-    for node in region:
-        for position, value in enumerate(node.inputs):
-            if value is None or not _image(value) or constant(value) is not None or value.producer() in inside:
-                continue
-            if value not in turned:
-                turned[value] = _turn(value, node, editor)
-            node.replace_input_with(position, turned[value])
-        if match.is_op(node, *_SPATIAL):
-            _swap_attributes(node)
+    def rewrite(self, node: onnx_ir.Node, editor: Editor) -> None:
+        if not match.is_op(node, *SPATIAL):
+            return
+        for name in ("kernel_shape", "strides", "dilations"):
+            values = match.attribute(node, name)
+            if values is not None:
+                node.attributes[name] = onnx_ir.AttrInt64s(name, tuple(values)[::-1])
+        pads = match.attribute(node, "pads")
+        if pads is not None:
+            node.attributes["pads"] = onnx_ir.AttrInt64s("pads", (pads[1], pads[0], pads[3], pads[2]))
         if match.is_op(node, "Conv"):
-            weight = node.inputs[1]
-            array = constant(weight)
+            weight, array = node.inputs[1], constant(node.inputs[1])
             assert weight is not None and array is not None
             row = editor.constant(f"{weight.name}.row", np.ascontiguousarray(array.swapaxes(2, 3)))
             node.replace_input_with(1, row)
-    for node in region:
-        _turn_back(node, inside, editor)
-
-
-def _turn(value: onnx_ir.Value, reader: onnx_ir.Node, editor: Editor) -> onnx_ir.Value:
-    batch, channels, length, _ = shape_of(value) or ()
-    shape = (batch, channels, 1, length)
-    before = match.producer(value, "Reshape")
-    sizes = constant(before.inputs[1]) if before is not None else None
-    if before is not None and sizes is not None and 0 not in sizes:
-        row = (*(int(s) for s in sizes[:2]), int(sizes[3]), int(sizes[2]))
-        return editor.reshape(before.inputs[0], row, reader, shape)  # type: ignore[arg-type]
-    return editor.reshape(value, (0, 0, 1, -1), reader, shape)
-
-
-def _turn_back(node: onnx_ir.Node, inside: set[onnx_ir.Node], editor: Editor) -> None:
-    """What a node of the region gives to others, as a column again. Who reshapes it anyway need not care."""
-    value = node.outputs[0]
-    shape = shape_of(value)
-    assert shape is not None
-    value.shape = onnx_ir.Shape((*shape[:2], shape[3], shape[2]))
-    column: onnx_ir.Value | None = None
-    for use in list(value.uses()):
-        if use.node in inside or _reshapes(use.node):
-            continue
-        column = column or editor.reshape(value, (0, 0, -1, 1), node, shape, behind=True)
-        if column.producer() is not use.node:
-            use.node.replace_input_with(use.idx, column)
-    if value.is_graph_output():
-        column = column or editor.reshape(value, (0, 0, -1, 1), node, shape, behind=True)
-        for position, output in enumerate(editor.graph.outputs):
-            if output is value:
-                editor.graph.outputs[position] = column
-
-
-def _reshapes(node: onnx_ir.Node) -> bool:
-    sizes = constant(node.inputs[1]) if match.is_op(node, "Reshape") else None
-    return sizes is not None and 0 not in sizes
-
-
-def _swap_attributes(node: onnx_ir.Node) -> None:
-    for name in ("kernel_shape", "strides", "dilations"):
-        values = match.attribute(node, name)
-        if values is not None:
-            node.attributes[name] = onnx_ir.AttrInt64s(name, tuple(values)[::-1])
-    pads = match.attribute(node, "pads")
-    if pads is not None:
-        node.attributes["pads"] = onnx_ir.AttrInt64s("pads", (pads[1], pads[0], pads[3], pads[2]))

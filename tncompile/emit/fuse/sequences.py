@@ -1,0 +1,72 @@
+"""Convolutions over sequences: ONNX Runtime's fast kernels are those for images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir
+
+from tncompile.cost.kernels import gains_as_image
+from tncompile.emit.fuse import match
+from tncompile.emit.fuse.match import Dims, Editor, constant
+from tncompile.emit.fuse.turned import SPATIAL, Turn
+
+
+def sequences_as_images(graph: onnx_ir.Graph) -> int:
+    """Sequences -> images of one row; the number of regions.
+
+        x: [batch, channels, length];  Conv of [out, in, k], MaxPool of [k], ...
+    ->
+        Reshape to [batch, channels, 1, length];  Conv of [out, in, 1, k], MaxPool of [1, k], ...;  Reshape back
+
+    Images are convolved without being unfolded, and stay in blocks of channels from one layer to the next.
+
+    Conditions, for a region of nodes that hang together by values of three axes:
+    1. at least one Conv; every one in float32, of a constant weight, and `gains_as_image`;
+    2. else pools and elementwise functions.
+    """
+    return _Sequence().apply(graph)
+
+
+class _Sequence(Turn):
+    there, back = (0, 0, 1, -1), (0, 0, -1)
+
+    def fits(self, shape: Dims) -> bool:
+        return len(shape) == 3
+
+    def takes(self, node: onnx_ir.Node) -> bool:
+        if match.attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+            return False
+        if not match.is_op(node, "Conv"):
+            return True
+        weight, groups = constant(node.inputs[1]), match.attribute(node, "group", 1)
+        if weight is None or weight.dtype != np.float32 or weight.ndim != 3:
+            return False
+        filters, channels, taps = weight.shape
+        return gains_as_image(groups, channels, filters // groups, taps)
+
+    def keeps(self, node: onnx_ir.Node, position: int) -> bool:
+        array = constant(node.inputs[position])
+        return array is not None and array.ndim <= 3
+
+    def turned(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+        return (*shape[:-1], 1, shape[-1])
+
+    def rewrite(self, node: onnx_ir.Node, editor: Editor) -> None:
+        if match.is_op(node, *SPATIAL):
+            for name in ("kernel_shape", "strides", "dilations"):
+                values = match.attribute(node, name)
+                if values is not None:
+                    node.attributes[name] = onnx_ir.AttrInt64s(name, (1, *values))
+            pads = match.attribute(node, "pads")
+            if pads is not None:
+                node.attributes["pads"] = onnx_ir.AttrInt64s("pads", (0, pads[0], 0, pads[1]))
+        if match.is_op(node, "BatchNormalization"):
+            return
+        for position, value in enumerate(node.inputs):
+            array = constant(value)
+            if value is not None and array is not None and array.ndim > 1:
+                row = editor.constant(f"{value.name}.row", array.reshape(self.turned(array.shape)))
+                node.replace_input_with(position, row)

@@ -1,0 +1,137 @@
+"""Regions of a graph computed over values of another shape, for the sake of the convolutions in them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir
+
+from tncompile.emit.fuse import match
+from tncompile.emit.fuse.match import Dims, Editor, constant, shape_of
+
+SPATIAL = ("Conv", "MaxPool", "AveragePool")
+_ELEMENTWISE = (
+    "Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "Softplus", "HardSigmoid", "HardSwish", "Gelu", "Clip", "Erf",
+    "BatchNormalization", "PRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Identity",
+)  # fmt: skip
+
+
+class Turn(ABC):
+    """A change of shape for regions of nodes that hang together: convolutions, pools and elementwise functions.
+
+    Where a value enters a region it is reshaped, and back where it leaves; a Reshape that is there anyway is changed
+    instead. `back` are the sizes of that Reshape, 0 for what stays and -1 for the rest, as `there` of the other one.
+    """
+
+    there: tuple[int, ...]
+    back: tuple[int, ...]
+
+    @abstractmethod
+    def fits(self, shape: Dims) -> bool:
+        """Whether a value of this shape may be in a region."""
+
+    @abstractmethod
+    def takes(self, node: onnx_ir.Node) -> bool:
+        """Whether a convolution or a pool over values that fit may be in a region."""
+
+    @abstractmethod
+    def keeps(self, node: onnx_ir.Node, position: int) -> bool:
+        """Whether an elementwise function may be in a region with the constant that it reads there."""
+
+    @abstractmethod
+    def turned(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+        """The shape that a value has in a region."""
+
+    @abstractmethod
+    def rewrite(self, node: onnx_ir.Node, editor: Editor) -> None:
+        """Change the attributes and constants of a node of a region."""
+
+    def apply(self, graph: onnx_ir.Graph) -> int:
+        """Turn every region that has a Conv; how many there were."""
+        count, seen = 0, set[onnx_ir.Node]()
+        for node in list(graph):
+            if node not in seen and match.is_op(node, "Conv") and self._is_member(node):
+                region = self._region(node)
+                seen |= region
+                self._turn([n for n in graph if n in region], graph)
+                count += 1
+        return count
+
+    def _fits(self, value: onnx_ir.Value | None) -> bool:
+        shape = shape_of(value)
+        return shape is not None and self.fits(shape)
+
+    def _is_member(self, node: onnx_ir.Node) -> bool:
+        if len(node.outputs) != 1 or not self._fits(node.outputs[0]):
+            return False
+        if match.is_op(node, *SPATIAL):
+            return self._fits(node.inputs[0]) and self.takes(node)
+        if not match.is_op(node, *_ELEMENTWISE):
+            return False
+        return all(
+            self.keeps(node, k) if constant(value) is not None else self._fits(value)
+            for k, value in enumerate(node.inputs)
+            if value is not None
+        )
+
+    def _region(self, start: onnx_ir.Node) -> set[onnx_ir.Node]:
+        found, todo = {start}, [start]
+        while todo:
+            node = todo.pop()
+            around = [v.producer() for v in node.inputs if v is not None and self._fits(v)]
+            around += [use.node for use in node.outputs[0].uses()]
+            for other in around:
+                if other is not None and other not in found and self._is_member(other):
+                    found.add(other)
+                    todo.append(other)
+        return found
+
+    def _turn(self, region: list[onnx_ir.Node], graph: onnx_ir.Graph) -> None:
+        editor, inside = Editor(graph), {*region}
+        turned: dict[onnx_ir.Value, onnx_ir.Value] = {}
+        for node in region:
+            for position, value in enumerate(node.inputs):
+                if value is None or constant(value) is not None or value.producer() in inside:
+                    continue
+                if value not in turned:
+                    turned[value] = self._inward(value, node, editor)
+                node.replace_input_with(position, turned[value])
+            self.rewrite(node, editor)
+        for node in region:
+            self._outward(node, inside, editor)
+
+    def _inward(self, value: onnx_ir.Value, reader: onnx_ir.Node, editor: Editor) -> onnx_ir.Value:
+        shape = self.turned(shape_of(value) or ())
+        before = match.producer(value, "Reshape")
+        sizes = constant(before.inputs[1]) if before is not None else None
+        if before is not None and sizes is not None and 0 not in sizes:
+            source = before.inputs[0]
+            assert source is not None
+            return editor.reshape(source, self.turned([int(s) for s in sizes]), reader, shape)
+        return editor.reshape(value, self.there, reader, shape)
+
+    def _outward(self, node: onnx_ir.Node, inside: set[onnx_ir.Node], editor: Editor) -> None:
+        """What a node of the region gives to others, as it was. Who reshapes it anyway need not care."""
+        value = node.outputs[0]
+        shape = shape_of(value)
+        assert shape is not None
+        value.shape = onnx_ir.Shape(self.turned(shape))
+        restored: onnx_ir.Value | None = None
+        for use in list(value.uses()):
+            if use.node in inside or _reshapes(use.node):
+                continue
+            restored = restored or editor.reshape(value, self.back, node, shape, behind=True)
+            if restored.producer() is not use.node:
+                use.node.replace_input_with(use.idx, restored)
+        if value.is_graph_output():
+            restored = restored or editor.reshape(value, self.back, node, shape, behind=True)
+            for position, output in enumerate(editor.graph.outputs):
+                if output is value:
+                    editor.graph.outputs[position] = restored
+
+
+def _reshapes(node: onnx_ir.Node) -> bool:
+    sizes = constant(node.inputs[1]) if match.is_op(node, "Reshape") else None
+    return sizes is not None and 0 not in sizes
