@@ -10,7 +10,7 @@ import numpy as np
 
 from tncompile.cost.search import optimal
 from tncompile.errors import SourceRef
-from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Tensor, Term
+from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Recipe, Tensor, Term
 from tncompile.ir.core import sources_of
 from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, unique_cores
 from tncompile.ir.evaluate import einsum, evaluate, evaluate_term, merge
@@ -54,21 +54,26 @@ class Fold(Pass):
         changes: list[Change] = []
         program = self._compose(program, changes)
         nodes: list[Node] = []
-        weights, origins = dict(program.weights), dict(program.origins)
+        weights, origins, made = dict(program.weights), dict(program.origins), dict(program.made)
         shown = {name for _, name in program.outputs}
         for node in program.nodes:
             if isinstance(node, Network):
                 node = _combine_terms(node, changes)
                 if not node.operands and node.output.name not in shown:
-                    weights[node.output.name] = evaluate(node).astype(node.dtype)
+                    core = _contracted(node)
+                    assert core.data is not None
+                    weights[node.output.name] = core.data
                     origins[node.output.name] = sources_of(node.cores)
+                    if core.recipe is not None:
+                        made[node.output.name] = core
                     what = f"computed {node.output.name} from {len(node.cores)} cores at compile time"
                     changes.append(Change(node.output.name, what, "it depends on weights alone"))
                     continue
             nodes.append(node)
         used = {n for node in nodes if isinstance(node, Opaque) for n in node.inputs}
         weights = {k: v for k, v in weights.items() if k in used}
-        return unique_cores(replace(program, nodes=tuple(nodes), weights=weights, origins=origins)), changes
+        folded = replace(program, nodes=tuple(nodes), weights=weights, origins=origins, made=made)
+        return unique_cores(folded), changes
 
     # ------------------------------------------------------------------------------ composition
 
@@ -166,6 +171,17 @@ def _computed(network: Network) -> Network:
     axes = tuple(() if n == 1 else (Index(f"d{k}", n),) for k, n in enumerate(value.shape))
     core = Tensor(name, axes, value, origins=sources_of(network.cores))
     return replace(network, terms=(Term((core,)),), output=Tensor(name, axes))
+
+
+def _contracted(network: Network) -> Tensor:
+    """The value of a network of cores alone, in its axes; how it was contracted where the cores are smaller."""
+    data = np.asarray(evaluate(network).astype(network.dtype))
+    (term, *others), kept = network.terms, network.output.indices
+    plain = not others and not term.windows and {i.name for i in kept} <= {*term.indices} and len({*kept}) == len(kept)
+    recipe = Recipe(term, kept) if plain else None
+    if recipe is not None and recipe.elements >= data.size:
+        recipe = None
+    return Tensor(network.output.name, network.output.axes, data, recipe, sources_of(network.cores))
 
 
 @dataclass

@@ -14,7 +14,7 @@ import onnx_ir
 
 from tncompile.emit.copied import rebuild
 from tncompile.emit.fuse import fuse
-from tncompile.emit.graph import Symbols, Weights
+from tncompile.emit.graph import Arranged, Symbols, Weights
 from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.network import lower
 from tncompile.emit.opaque import DOMAIN, OPSET, export
@@ -105,6 +105,9 @@ def _lower_networks(model: onnx_ir.Model, program: Program) -> None:
     shared = {
         id(array): graph.initializers[name] for name, array in program.weights.items() if name in graph.initializers
     }
+    for name, core in program.made.items():
+        if name in graph.initializers and program.weights.get(name) is core.data:
+            Arranged(core, tuple(tuple(i.name for i in axis) for axis in core.axes)).note(graph.initializers[name])
     values = [*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)]
     weights = Weights(shared, {*graph.initializers, *program.values, *(v.name for v in values if v.name)})
     symbols: dict[str, tuple[onnx_ir.Value, int, int]] = {}

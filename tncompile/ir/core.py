@@ -358,7 +358,8 @@ class Program:
 
     `outputs` pairs each public name with the value it shows. `weights` are shared by reference with every
     edit of the program and are never written to; `origins` has the names of those that a weight was made from, where
-    passes made it. They are no part of equality.
+    passes made it, and `made` the core that it is, with its recipe, where it was contracted from smaller ones. Neither
+    is part of equality.
     """
 
     inputs: tuple[Value, ...]
@@ -366,6 +367,7 @@ class Program:
     outputs: tuple[tuple[str, str], ...]
     weights: Mapping[str, Array] = field(default_factory=dict)
     origins: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    made: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def networks(self) -> tuple[Network, ...]:

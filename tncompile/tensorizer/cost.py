@@ -60,11 +60,14 @@ class Predictor:
 
     def seconds(self, site: Site, replacement: Replacement | None = None) -> tuple[float, ...]:
         """Seconds of the networks that use a site's weights, at each batch size of the context; 0 for rows of a dense
-        table, which are gathered."""
+        table, which are gathered, and for what a node holds: that is the same however it is stored."""
         return self.cost(site, replacement).seconds
 
     def cost(self, site: Site, replacement: Replacement | None = None) -> Cost:
         """What a site costs with a replacement, or as it is."""
+        if any(part.held for part in site.parts):
+            numbers = site.size if replacement is None else replacement.parameters
+            return Cost((0.0,) * len(self.context.batches), numbers * site.parts[0].array.itemsize)
         key = (self._key(site), None if replacement is None else _form(replacement))
         if key not in self._sites:
             program = self._program(site, replacement)
@@ -75,7 +78,7 @@ class Predictor:
 
     def planned(self, site: Site, replacement: Replacement | None, batch: int) -> tuple[Network, ...]:
         """The networks that `seconds` prices, scheduled for one batch size; none for a site that is gathered from."""
-        if self._gathers(site):
+        if self._gathers(site) or any(part.held for part in site.parts):
             return ()
         program = self._program(site, replacement)
         context = replace(self.context, batches=(batch,))

@@ -13,6 +13,7 @@ from tncompile.ir.core import networks_of
 from tncompile.ir.evaluate import Labelled, contract, einsum
 from tncompile.ir.tree import left_to_right
 from tncompile.passes.positions import EMBEDDING
+from tncompile.tensorizer.held import Held, held
 from tncompile.tensorizer.sites import Part
 
 
@@ -70,6 +71,9 @@ def readings(program: Program, parts: Iterable[Part]) -> dict[str, tuple[Reading
     """
     wanted = {part.name: part for part in parts}
     found: dict[str, list[Reading | Lookup | None]] = {}
+    for one in held(program):
+        if one.weight in wanted and wanted[one.weight].held:
+            found.setdefault(one.weight, []).append(_of_held(one))
     for node in program.nodes:
         if isinstance(node, Opaque):
             if node.target == EMBEDDING and isinstance(node.args[0], Ref) and isinstance(node.args[1], Ref):
@@ -90,6 +94,15 @@ def readings(program: Program, parts: Iterable[Part]) -> dict[str, tuple[Reading
         for name, uses in found.items()
         if all(r is not None for r in uses)
     }
+
+
+def _of_held(one: Held) -> Reading | Lookup | None:
+    if one.rows is not None:
+        return Lookup(one.rows, one.output)
+    if one.tensor is None or one.read is None:
+        return None
+    kept = tuple(i.name for i in one.tensor.indices if i != one.read)
+    return Reading((one.tensor,), (), (one.read,), kept, False, one.output)
 
 
 def _reading(term: Term, position: int, part: Part, outputs: set[str], output: str) -> Reading | None:

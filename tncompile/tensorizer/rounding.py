@@ -20,6 +20,9 @@ class Rounding:
     notes: tuple[str, ...]
 
 
+SMALL = 512
+"""Weights of fewer numbers have no say where others share their node: few ways round them at all."""
+
 MOST = 2 / 3
 """Of the numbers in a network's weights so many must be in the bits that it gets; the others stay float32."""
 
@@ -32,12 +35,13 @@ def rounding(options: Iterable[Option], program: Program, data: bytes, allowed: 
     """
     options = tuple(options)
     wanted = {part.name: option.bits for option in options for part in option.site.parts}
+    small = {part.name for option in options if _largest(option) < SMALL for part in option.site.parts}
     nodes = readers(data)
     choice: dict[str, str] = {}
     written: dict[str, str] = {}
     causes: dict[str, str] = {}
     for key, weights in _held(options, program, nodes).items():
-        first = min(weights, key=lambda name: BITS.index(wanted[name]))
+        first = min(weights, key=lambda name: (name in small, BITS.index(wanted[name])))
         ways = BITS[: BITS.index(wanted[first]) + 1]
         bits = [b for b in ways if b == "fp32" or (b in allowed and _covers(nodes[key], b))][-1]
         choice[key] = bits
@@ -53,6 +57,13 @@ def rounding(options: Iterable[Option], program: Program, data: bytes, allowed: 
         if written.get(name, "fp32") != bits
     ]
     return Rounding(choice, {name: written.get(name, "fp32") for name in wanted}, tuple(notes))
+
+
+def _largest(option: Option) -> int:
+    """Numbers in the largest array that an option keeps for its weights."""
+    if option.replacement is None:
+        return max(part.array.size for part in option.site.parts)
+    return max(core.size for core in option.replacement.factorized.cores)
 
 
 def _covers(nodes: Sequence[Reader], bits: str) -> bool:

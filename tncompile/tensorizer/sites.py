@@ -16,6 +16,7 @@ from tncompile.frontend.model import ImportedModel
 from tncompile.ir import Array, Network, Program, Term
 from tncompile.passes import Clean, Context, Fold, Pipeline
 from tncompile.passes.positions import tables_of
+from tncompile.tensorizer.held import held
 
 MIN_SIZE = 1024
 """Weights of fewer numbers are left alone: there is nothing to gain."""
@@ -35,7 +36,8 @@ class Part:
     """A weight of the model as it came in, and which of its axes are contracted with what comes from the input.
 
     `name` is the program's name for it. Axes `ins` are contracted (for a table, `gathered`, its rows); all others are
-    `outs`. `uses` are networks of the folded program (see `composed`), none for a table.
+    `outs`. `uses` are networks of the folded program (see `composed`), none for a table, nor for what a node has to
+    have whole (`held`: see `tensorizer.held`).
     """
 
     name: str
@@ -44,6 +46,7 @@ class Part:
     outs: tuple[int, ...]
     uses: tuple[Use, ...] = ()
     gathered: bool = False
+    held: bool = False
 
     @property
     def matrix(self) -> Array:
@@ -160,7 +163,8 @@ def separate(model: ImportedModel, context: Context | None = None) -> Program:
 
 
 def sites_of(program: Program, minimum: int = MIN_SIZE) -> tuple[Site, ...]:
-    """The weights of `minimum` numbers or more that a composed program contracts, each a site of its own.
+    """The weights of `minimum` numbers or more that a composed program contracts or its nodes hold, each a site of its
+    own.
 
     A weight that is used in several ways is none where its axes play different parts; nor is one that a pass has made
     from others, whose array the model does not have.
@@ -180,6 +184,11 @@ def sites_of(program: Program, minimum: int = MIN_SIZE) -> tuple[Site, ...]:
     for name, array in tables_of(program).values():
         if array.size >= minimum and name not in found:
             found[name] = Part(name, array, (0,), (1,), gathered=True)
+    for one in held(program):
+        array = program.weights[one.weight]
+        own = program.sources(one.weight) == (one.weight,)
+        if array.size >= minimum and own and one.weight not in found:
+            found[one.weight] = Part(one.weight, array, one.ins, one.outs, gathered=one.rows is not None, held=True)
     return tuple(Site((part,)) for part in found.values() if part is not None)
 
 

@@ -26,6 +26,7 @@ EACH = 0.12
 """Seconds for each of them at each batch size."""
 
 _TABLE = ("fp32", "fp16", "int8-weights", "int8", "int4-weights", "int4")
+_HELD = ("fp32", "fp16", "int8-weights", "int4-weights")
 _KERNEL = ("fp32", "fp16", "int8-weights", "int8-static", "int4-weights")
 
 
@@ -60,6 +61,8 @@ def _possible(site: Site, bits: Sequence[str]) -> tuple[str, ...]:
     known: Sequence[str]
     if part.array.dtype != np.float32:
         known = ()  # only float32 is rounded
+    elif part.held:
+        known = _HELD
     elif part.gathered:
         known = _TABLE
     else:
