@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+import tncompile
+from tncompile.compiler import compile_exported
 from tncompile.decomp import SVD, Ranks
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.trace import trace
@@ -19,7 +21,7 @@ from tncompile.runtime.quantize import BITS, STORED
 from tncompile.runtime.session import Session
 from tncompile.tensorizer.realize import Realized, realize, replacements, substituted
 from tncompile.tensorizer.search import Option, Plan
-from tncompile.tensorizer.sites import Replacement, Site, composed, joint_sites, sites_of
+from tncompile.tensorizer.sites import Replacement, Site, composed, joint_sites, shared_sites, sites_of
 from tncompile.tensorizer.ways import _bytes, _possible
 
 
@@ -45,6 +47,51 @@ class Chain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.second(self.first(x)))
+
+
+class Deep(nn.Module):
+    """Layers of different inputs whose weights have one left factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+        self.head = nn.Linear(64, 64)
+        basis = torch.randn(8, 64)
+        for layer in self.layers:
+            layer.weight.data = torch.randn(64, 8) @ basis / 20
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_layers_at_different_depths_share_a_factor() -> None:
+    module = Deep().eval()
+    exported = trace(module, (torch.randn(4, 64),), None, "batch")
+    sites = sites_of(composed(import_exported(exported)))
+    (pair,) = shared_sites(sites)
+    assert (pair.name, pair.apart, pair.matrix.shape) == ("layers.0.weight+layers.1.weight", True, (64, 128))
+    made = Replacement(pair, SVD.from_dense(pair.matrix, ((64,), (128,)), Ranks(given=8)))
+    student = substituted(exported, [made])
+    found = compile_exported(student, batch=(1, 16))
+    shapes = [tuple(t.dims) for t in onnx.load_from_string(found.onnx).graph.initializer if len(t.dims) == 2]
+    assert sorted(shapes) == [(8, 64), (8, 64), (64, 8), (64, 64)]
+    x = torch.randn(9, 64)
+    with torch.no_grad():
+        expected = module.double()(x.double()).numpy()
+    np.testing.assert_allclose(found.run(x), expected, rtol=0, atol=1e-5)
+
+
+def test_a_search_lets_them_share_it() -> None:
+    module = Deep().eval()
+    x = torch.randn(160, 64)
+    made = tncompile.tensorize(
+        module, x, max_error=0.01, prefer="size", bits=("fp32",), formats=("svd",), batch=(1, 16), threads=1
+    )
+    names = {w.name: w.kept for w in made.report.weights}
+    assert names["layers.0.weight+layers.1.weight"].startswith("SVD r1=8")
 
 
 class Table(nn.Module):

@@ -28,11 +28,11 @@ from tncompile.tensorizer.cost import Predictor
 from tncompile.tensorizer.data import Calibration, collect, load
 from tncompile.tensorizer.evaluation import Evaluation
 from tncompile.tensorizer.inputs import Reading, readings
-from tncompile.tensorizer.moments import Moments, moments
+from tncompile.tensorizer.moments import Moments, mean_of, moments
 from tncompile.tensorizer.options import Statistics
 from tncompile.tensorizer.runner import Runner
 from tncompile.tensorizer.sensitivity import sensitivities
-from tncompile.tensorizer.sites import MIN_SIZE, Site, composed, joint_sites, separate, sites_of
+from tncompile.tensorizer.sites import MIN_SIZE, Site, composed, joint_sites, separate, shared_sites, sites_of
 
 SENSITIVITY, SAMPLES = 90.0, 128
 """Seconds for measuring how much each weight matters, and samples to do that on."""
@@ -101,7 +101,7 @@ def prepare(
     sites = sites_of(program)
     if not sites:
         raise TNCompileError(f"there are no weights of {MIN_SIZE:,} numbers or more in networks or tables to tensorize")
-    joint = joint_sites(sites) if "svd" in formats else ()
+    joint = (*joint_sites(sites), *shared_sites(sites)) if "svd" in formats else ()
     runner = Runner(traced)
     whole = _data(calibration, traced)
     data, held = (None, None) if whole is None else whole.split()
@@ -114,7 +114,7 @@ def prepare(
     kinds = {kind for name in formats for kind in FORMATS[name]}
     for number, site in enumerate((*sites, *joint)):
         progress(f"factorizing {site.name} ({number + 1} of {len(sites) + len(joint)})")
-        inputs = known.get(site.parts[0].name)
+        inputs = _inputs_of(site, known)
         ways[site.name] = candidates(site, None if inputs is None else inputs.arrays, predictor, kinds=kinds)
     notes = () if whole is None else (*whole.notes, *(held.notes if held is not None else ()))
     steps = {} if data is None else _steps(traced, sites, runner, data)
@@ -132,7 +132,10 @@ def prepare(
     for site in joint:  # their error is that of all parts together
         found[site.name] = math.sqrt(sum(found[part.name] ** 2 for part in site.parts))
     statistics = {
-        site.name: Statistics(known.get(site.parts[0].name), steps.get(site.parts[0].name)) for site in (*sites, *joint)
+        site.name: Statistics(
+            _inputs_of(site, known), max((steps[p.name] for p in site.parts if p.name in steps), default=None)
+        )
+        for site in (*sites, *joint)
     }
     feeds = _feeds(traced, context, whole)
     return Prepared(
@@ -170,6 +173,14 @@ def _data(calibration: Any, traced: ImportedModel) -> Calibration | None:
     if isinstance(calibration, (str, os.PathLike)):
         return load(Path(calibration), traced)
     return collect(calibration, traced)
+
+
+def _inputs_of(site: Site, known: Mapping[str, Moments]) -> Moments | None:
+    """The moments of what a site reads; of inputs apart, those of all together."""
+    found = [known[part.name] for part in site.parts if part.name in known]
+    if site.apart:
+        return mean_of(found) if len(found) == len(site.parts) else None
+    return found[0] if found else None
 
 
 def _perturbed(site: Site, ways: Sequence[Candidate]) -> list[dict[str, Array]]:

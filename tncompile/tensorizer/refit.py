@@ -62,8 +62,9 @@ def refit(
     """Fit the replacements to `calibration`, layers of one depth at a time; a depth at which that makes the error on
     `held_out` larger stays as it was.
 
-    What cannot be fitted so is kept: tables, grouped layers, inputs of over `moments.LARGEST` numbers, and formats that
-    alternating least squares fit. After `seconds` the rest is kept too, with a note.
+    What cannot be fitted so is kept: tables, grouped layers, layers of several inputs that share a factor, inputs of
+    over `moments.LARGEST` numbers, and formats that alternating least squares fit. After `seconds` the rest is kept
+    too, with a note.
     """
     start, program = clock(), separate(runner.model)
     evaluation = Evaluation(runner, held_out)
@@ -80,7 +81,7 @@ def refit(
         found = crosses([one.site for one in group], runner, calibration, done.weights())
         new, changed = list(done.replacements), dict(done.biases)
         for k, one in zip(places, group, strict=True):
-            cross = found.get(one.site.parts[0].name)
+            cross = None if one.site.apart else found.get(one.site.parts[0].name)
             if cross is not None and isinstance(one.factorized, TreeFactorized):
                 held = {p.name: b for p in one.site.parts if (b := bias_of(program, p)) is not None} if biases else {}
                 new[k], moved = _fitted(one, cross, held, runner.model.program.arrays)

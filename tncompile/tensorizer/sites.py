@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -65,9 +66,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Site:
-    """What is replaced at once: a weight, or several that read the same input, side by side along their outputs."""
+    """What is replaced at once: a weight, or several side by side along their outputs, that read the same input; or,
+    `apart`, each its own."""
 
     parts: tuple[Part, ...]
+    apart: bool = False
 
     @property
     def name(self) -> str:
@@ -203,6 +206,24 @@ def joint_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
                 sizes = tuple(part.array.shape[axis] for axis in part.ins)
                 groups.setdefault((term.operands[0].name, sizes, part.array.dtype), []).append(part)
     return tuple(Site(tuple(parts)) for parts in groups.values() if len(parts) > 1)
+
+
+def shared_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Sites of two weights each at neighbouring depths, which may share the left factor of an SVD: of one shape, and of
+    one name but for its first number, as ``layers.0.up`` and ``layers.1.up`` (basis sharing, arXiv:2410.03765)."""
+    rows: dict[object, dict[int, Part]] = {}
+    for site in sites:
+        (part,) = site.parts
+        number = re.search(r"\d+", part.name)
+        if number is not None and part.uses and not part.uses[0].term.windows:
+            name = f"{part.name[: number.start()]}#{part.name[number.end() :]}"
+            key = (name, part.array.shape, part.ins, part.outs, part.array.dtype)
+            rows.setdefault(key, {})[int(number[0])] = part
+    found = []
+    for row in rows.values():
+        depths = sorted(row)
+        found += [Site((row[a], row[b]), apart=True) for a, b in zip(depths[::2], depths[1::2], strict=False)]
+    return tuple(found)
 
 
 def _uses(program: Program) -> Iterator[Use]:
