@@ -209,7 +209,7 @@ def _rebuilt(factors: Factors, dtype: str) -> Network | None:
     sizes = {n: s for core in factors.cores for n, s in zip(core.labels, core.array.shape, strict=True)}
     indices = {name: Index(name, size) for name, size in sizes.items()}
     cores = [
-        Tensor(c.name, tuple((indices[n],) if sizes[n] != 1 else () for n in c.labels), c.array.astype(dtype, copy=False))
+        Tensor(c.name, tuple((indices[n],) if sizes[n] != 1 else () for n in c.labels), c.array.astype(dtype))
         for c in factors.cores
     ]
     value = f"{factors.weight}:rebuilt"
