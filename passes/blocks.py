@@ -36,9 +36,10 @@ class Blocks(Pass):
     1. The bond is on three cores or more of a term with windows, and on nothing else: contracted one by one, its
        kernels are applied to each channel alone, for which ONNX Runtime has fast kernels where the channels come in
        whole blocks.
-    2. A kernel that shares no index with another tensor is repeated along a bond of two cores: by itself it would be
-       applied to as many images of one channel.
-    3. The best way to compute the term is predicted to be faster by `margin`, on average over the batch sizes.
+    2. A kernel all of whose indices are windows' is repeated along a bond of two cores: by itself it would be applied
+       to as many images of one channel.
+    3. The best way to compute the term is predicted to be faster by `margin`, on average over the batch sizes; in a
+       compact context its cores have no more numbers than `margin` on top.
 
     The value stays what it was: what is added is zero.
     """
@@ -51,6 +52,8 @@ class Blocks(Pass):
 
     def _widened(self, network: Network, term: Term, context: Context, changes: list[Change]) -> Term:
         ways = list(_ways(network, term)) if term.windows else []
+        if context.compact:
+            ways = [(what, way) for what, way in ways if _numbers(way) <= (1 + self.margin) * _numbers(term)]
         if not ways:
             return term
         before, *after = (
@@ -92,8 +95,12 @@ def _bonds(network: Network, term: Term, cores: int) -> list[Index]:
     return [i for name, i in term.indices.items() if name not in outside and held[name] >= cores]
 
 
+def _numbers(term: Term) -> int:
+    return sum(core.data.size for core in term.cores if core.data is not None)
+
+
 def _is_lone(term: Term, kernel: Tensor) -> bool:
-    """Whether all indices of a core are those that windows slide with, each standing once."""
+    """Whether all indices of a core are those that windows slide with, which no other core may have, each once."""
     names = [i.name for i in kernel.indices]
     return bool(names) and len({*names}) == len(names) and {*names} <= {w.kernel for w in term.windows}
 

@@ -72,6 +72,7 @@ class Fold(Pass):
             nodes.append(node)
         used = {n for node in nodes if isinstance(node, Opaque) for n in node.inputs}
         weights = {k: v for k, v in weights.items() if k in used}
+        made = {name: core for name, core in made.items() if name in weights}
         folded = replace(program, nodes=tuple(nodes), weights=weights, origins=origins, made=made)
         return unique_cores(folded), changes
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LEAST = 256
 """Numbers that a weight has at least, to be computed with in fewer bits."""
 
-_STORED_LEAST = {"fp16": 256, "int8-weights": 512, "int4-weights": 2048}
+STORED_LEAST = {"fp16": 256, "int8-weights": 512, "int4-weights": 2048}
 """Numbers that one has to be smaller in the file: nodes and their names take 0.3, 0.7 and 2.5 kB."""
 
 _OPSET = 13  # of the axis of DequantizeLinear
@@ -73,7 +73,7 @@ def worth_storing(name: str, bits: str, constants: Constants) -> bool:
     if not constants.is_float(name):
         return False
     shape = constants.shape(name)
-    return math.prod(shape) >= _STORED_LEAST[bits] and (bits == "fp16" or len(shape) >= 2)
+    return math.prod(shape) >= STORED_LEAST[bits] and (bits == "fp16" or len(shape) >= 2)
 
 
 def _computed(node: NodeProto, weights: Mapping[int, str], graph: GraphProto, constants: Constants) -> set[str]:

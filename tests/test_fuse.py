@@ -241,6 +241,38 @@ def test_sequences_are_computed_as_images_of_one_row(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine, wide.numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_an_empty_batch_of_sequences_has_an_empty_result(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Softsign(), torch.nn.Conv1d(32, 16, 3), torch.nn.ReLU())
+    compiled, _ = compile_and_optimize(module, (torch.randn(2, 32, 20),), tmp_path)
+    assert compiled.run(torch.randn(0, 32, 20)).shape == (0, 16, 18)
+
+
+class Rebuilt(torch.nn.Module):
+    """A convolution whose kernel is computed from two factors, over sequences or columns."""
+
+    def __init__(self, column: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Parameter(torch.randn(64, 4) / 4), torch.nn.Parameter(torch.randn(4, 64 * 5) / 4)
+        self.column = column
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel = (self.a @ self.b).reshape(64, 64, 5)
+        if self.column:
+            return torch.relu(torch.nn.functional.conv2d(torch.tanh(x), kernel[..., None]))
+        return torch.relu(torch.nn.functional.conv1d(torch.tanh(x), kernel))
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_a_turned_kernel_is_stored_as_its_cores(column: bool) -> None:
+    module, shape = Rebuilt(column).eval(), (3, 64, 300, 1) if column else (3, 64, 300)
+    passes = tncompile.passes.parse_passes("clean,fold,dense")
+    dense = tncompile.compile(module, (torch.randn(shape),), passes=passes, store="folded")
+    small = tncompile.compile(module, (torch.randn(shape),), passes=passes, store="cores")
+    assert len(dense.onnx) > 64 * 64 * 5 * 4 > 8 * len(small.onnx)
+    assert error(small, module, (torch.randn(shape),)) < RELATIVE
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     channels=st.sampled_from([1, 3, 8, 16, 20, 32, 40]),

@@ -16,12 +16,18 @@ from tncompile.compiler import compile_exported
 from tncompile.decomp import SVD, Ranks
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.trace import trace
-from tncompile.passes import join
+from tncompile.passes import Context, join
 from tncompile.runtime.quantize import BITS, STORED
 from tncompile.runtime.session import Session
+from tncompile.tensorizer.cost import Predictor
+from tncompile.tensorizer.data import collect
+from tncompile.tensorizer.moments import moments
+from tncompile.tensorizer.options import Rounding, Statistics
 from tncompile.tensorizer.realize import Realized, realize, replacements, substituted
+from tncompile.tensorizer.runner import Runner
 from tncompile.tensorizer.search import Option, Plan
-from tncompile.tensorizer.sites import Replacement, Site, composed, joint_sites, shared_sites, sites_of
+from tncompile.tensorizer.shared import shared_candidates, shared_sites
+from tncompile.tensorizer.sites import Replacement, Site, composed, joint_sites, sites_of
 from tncompile.tensorizer.ways import _bytes, _possible
 
 
@@ -72,7 +78,7 @@ def test_layers_at_different_depths_share_a_factor() -> None:
     exported = trace(module, (torch.randn(4, 64),), None, "batch")
     sites = sites_of(composed(import_exported(exported)))
     (pair,) = shared_sites(sites)
-    assert (pair.name, pair.apart, pair.matrix.shape) == ("layers.0.weight+layers.1.weight", True, (64, 128))
+    assert (pair.name, pair.apart, pair.matrix.shape) == ("layers.0.weight&layers.1.weight", True, (64, 128))
     made = Replacement(pair, SVD.from_dense(pair.matrix, ((64,), (128,)), Ranks(given=8)))
     student = substituted(exported, [made])
     found = compile_exported(student, batch=(1, 16))
@@ -84,6 +90,57 @@ def test_layers_at_different_depths_share_a_factor() -> None:
     np.testing.assert_allclose(found.run(x), expected, rtol=0, atol=1e-5)
 
 
+def test_neither_of_two_layers_pays_for_the_other() -> None:
+    """One is of rank 8 and large, the other of full rank and small: the error is that of the small one's outputs."""
+    module = Deep()
+    module.layers[1].weight.data = torch.randn(64, 64) / 100
+    x = torch.randn(200, 64)
+    model = import_exported(trace(module.eval(), (x,), None, "batch"))
+    sites = sites_of(composed(model))
+    (pair,) = shared_sites(sites)
+    known = moments(sites, Runner(model), collect(x, model))
+    inputs = [known[part.name] for part in pair.parts]
+    found = shared_candidates(pair, inputs, Predictor(composed(model), Context((1, 16))))
+    assert len(found) > 3
+    hidden = torch.tanh(module.layers[0](x)).detach().double().numpy()
+    for candidate in found:
+        dense = candidate.replacement.dense()
+        wrong = []
+        for part, read in zip(pair.parts, (x.double().numpy(), hidden), strict=True):
+            exact, other = read @ part.array.T, read @ dense[part.name].T
+            wrong.append(np.linalg.norm(exact - other) / np.linalg.norm(exact))
+        assert candidate.error == pytest.approx(max(wrong), rel=1e-3, abs=1e-6)
+
+
+def test_rounding_is_that_of_each_layer_where_two_share_a_factor() -> None:
+    module = Deep().eval()
+    x = 5 * torch.randn(160, 64)
+    model = import_exported(trace(module, (x,), None, "batch"))
+    sites = sites_of(composed(model))
+    (pair,) = shared_sites(sites)
+    known = moments(sites, Runner(model), collect(x, model))
+    each = [Statistics(known[part.name], step) for part, step in zip(pair.parts, (0.15, 0.008), strict=True)]
+    alone = [Rounding(s, None, [one]).error("int8") for s, one in zip(sites, each, strict=False)]
+    made = Replacement(pair, SVD.from_dense(pair.matrix, ((64,), (128,)), Ranks(given=8)))
+    together = Rounding(pair, made, each).error("int8")
+    assert max(alone) < together < 2 * max(alone)  # two cores, each with activations of its own
+
+
+def test_weights_that_read_one_value_are_no_pair_of_depths() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.heads[0](x)) * torch.relu(self.heads[1](x))  # type: ignore[no-any-return]
+
+    sites = sites_of(composed(import_exported(trace(Heads().eval(), (torch.randn(4, 64),), None, "batch"))))
+    joint = joint_sites(sites)
+    assert [site.name for site in joint] == ["heads.0.weight+heads.1.weight"]
+    assert shared_sites(sites, joint) == ()
+
+
 def test_a_search_lets_them_share_it() -> None:
     module = Deep().eval()
     x = torch.randn(160, 64)
@@ -91,7 +148,7 @@ def test_a_search_lets_them_share_it() -> None:
         module, x, max_error=0.01, prefer="size", bits=("fp32",), formats=("svd",), batch=(1, 16), threads=1
     )
     names = {w.name: w.kept for w in made.report.weights}
-    assert names["layers.0.weight+layers.1.weight"].startswith("SVD r1=8")
+    assert names["layers.0.weight&layers.1.weight"].startswith("SVD r1=8")
 
 
 class Table(nn.Module):

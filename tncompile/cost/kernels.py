@@ -11,10 +11,10 @@ _PADDED = 1.35  # how many times as many products as there are may be computed, 
 _FEW = 64  # products for each result from which a kernel over images of few channels is worth its stores
 
 
-def takes_images(channels: int) -> bool:
-    """Whether a convolution of images, without groups, is computed without unfolding them: of channels in blocks, or of
-    few channels that lie one after the other."""
-    return channels < _STRIP or channels % _ALIGNED == 0
+def takes_images(channels: int, strip: int) -> bool:
+    """Whether a convolution of images, without groups, is computed without unfolding them: of channels in blocks, of a
+    `strip` each, or of fewer channels that lie one after the other."""
+    return channels < strip or channels % _ALIGNED == 0
 
 
 def gains_as_image(groups: int, channels: int, filters: int, taps: int) -> bool:

@@ -304,7 +304,7 @@ class Scheduler:
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
         seconds = turned + self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
         if before and not c.batch and self._is_space(x, after):  # a 1x1 convolution
-            direct = turned and len(self.axes) == IMAGE and self.itemsize == 4 and takes_images(k)
+            direct = turned and len(self.axes) == IMAGE and self.itemsize == 4 and takes_images(k, self.profile.strip)
             alone = self.profile.conv_time(batch, k, m, n, self.itemsize)
             seconds = min(seconds, self.profile.direct_time(batch, k, m, 1, n) if direct else turned + alone)
         for free in orders(c.right):
@@ -350,7 +350,7 @@ class Scheduler:
         """Whether a convolution without groups is computed on images that are not unfolded."""
         axes = self.axes[2:]
         if len(axes) == IMAGE - 2 and tuple(i for axis in axes for i in axis) == space and len(space) <= len(axes):
-            return takes_images(channels)
+            return takes_images(channels, self.profile.strip)
         return len(space) == 1 and len(self.axes) < IMAGE and gains_as_image(1, channels, filters, taps)
 
     def _multiply(self, x: Layout, y: Layout, core: bool, c: Classes) -> _Form:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from tncompile.decomp import Factorized, Split
@@ -54,23 +54,30 @@ def candidates(
     for family in families(matrix):
         if kinds is not None and family.label.rstrip(" 0123456789") not in kinds:
             continue
-        found += _of_family(matrix, family, sizes, predictor)
+        made = ((factorized, _error(matrix, family, factorized)) for factorized in family.ladder(sizes))
+        found += _priced(site, made, predictor)
+    return _kept(found)
+
+
+def of_ladder(site: Site, made: Iterable[tuple[Factorized, float]], predictor: Predictor | None) -> list[Candidate]:
+    """The candidates of some factorizations with their errors that no other beats, by decreasing size."""
+    return _kept(_priced(site, made, predictor))
+
+
+def _kept(found: Sequence[Candidate]) -> list[Candidate]:
     different = {(c.error, c.bytes, c.seconds): c for c in reversed(found)}
     kept = [c for c in different.values() if not any(other.beats(c) for other in found)]
     return sorted(kept, key=lambda c: (-c.bytes, c.error))
 
 
-def _of_family(matrix: Matrix, family: Family, sizes: Sequence[int], predictor: Predictor | None) -> list[Candidate]:
+def _priced(site: Site, made: Iterable[tuple[Factorized, float]], predictor: Predictor | None) -> list[Candidate]:
     found = []
-    for factorized in family.ladder(sizes):
-        if factorized.parameters >= matrix.site.size:
+    for factorized, error in made:
+        if factorized.parameters >= site.size or error >= 1:  # nothing at all would be nearer
             continue
-        replacement = Replacement(matrix.site, factorized)
-        error = _error(matrix, family, factorized)
-        if error >= 1:  # nothing at all would be nearer
-            continue
-        size = replacement.parameters * matrix.site.parts[0].array.itemsize
-        cost = Cost((), size) if predictor is None else predictor.cost(matrix.site, replacement)
+        replacement = Replacement(site, factorized)
+        size = replacement.parameters * site.parts[0].array.itemsize
+        cost = Cost((), size) if predictor is None else predictor.cost(site, replacement)
         found.append(Candidate(replacement, error, cost.seconds, cost.bytes))
     return found
 

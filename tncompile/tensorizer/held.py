@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from tncompile.ir import Array, Index, Opaque, Program, Ref, Tensor
 from tncompile.ir.opaque import Arg, references
@@ -14,6 +15,9 @@ from tncompile.ir.opaque import Arg, references
 _TORCH_CELLS = ("aten.lstm.input", "aten.gru.input")
 _ONNX_CELLS = ("onnx.LSTM", "onnx.GRU", "onnx.RNN")
 _GATHER = "onnx.Gather"
+_FOLDED = {"torch": 8192, "onnx": 4096}
+"""Numbers up to which such a weight would be dense in the file: torch's exporter puts the matrices of a small cell
+together, and little that nodes of an ONNX model read is computed at once."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def held(program: Program) -> Iterator[Held]:
 def _torch_cell(node: Opaque, program: Program, result: str | None) -> Iterator[Held]:
     """``lstm(x, state, [w_ih, w_hh, biases ..] of each layer and direction, ...)``; weights are [gates·out, in].
 
-    The first layer reads x; the states of the last one are the result. What is between is not shown.
+    The first layer reads x; the states of the last one are the result. What is between is not shown. Small matrices are
+    left out: the file would have them dense.
     """
     matrices = [r.name for r in references(node.args[2]) if _rank(program.weights.get(r.name)) == 2]
     layers, both = node.args[4], node.args[7]
@@ -64,22 +69,28 @@ def _torch_cell(node: Opaque, program: Program, result: str | None) -> Iterator[
             value = _name(node.args[0])
         elif number >= len(matrices) - width and recurrent:
             value = result
-        yield _contracting(program, weight, 2, value, node.output.name)
+        if program.weights[weight].size > _FOLDED["torch"]:
+            yield _contracting(program, weight, 2, value, node.output.name)
 
 
 def _onnx_cell(node: Opaque, program: Program) -> Iterator[Held]:
     """``LSTM(x, W, R, ...)``: weights are [directions, gates·out, in]."""
     for position, value in ((1, _name(node.args[0])), (2, None)):
         weight = _name(node.args[position])
-        if _rank(program.weights.get(weight or "")) == 3:
-            yield _contracting(program, weight or "", 3, value, node.output.name)
+        if _is_large(weight, program, 3):
+            yield _contracting(program, weight, 3, value, node.output.name)
 
 
 def _table(node: Opaque, program: Program) -> Iterator[Held]:
     weight, rows = _name(node.args[0]), _name(node.args[1])
     axis = dict(node.kwargs).get("axis", 0)
-    if weight and rows and rows in program.values and axis == 0 and _rank(program.weights.get(weight)) == 2:
+    if _is_large(weight, program, 2) and rows is not None and rows in program.values and axis == 0:
         yield Held(weight, (0,), (1,), node.output.name, rows=rows)
+
+
+def _is_large(weight: str | None, program: Program, rank: int) -> TypeGuard[str]:
+    array = program.weights.get(weight) if weight is not None else None
+    return array is not None and array.ndim == rank and array.size > _FOLDED["onnx"]
 
 
 def _contracting(program: Program, weight: str, rank: int, value: str | None, output: str) -> Held:

@@ -71,11 +71,14 @@ def readings(program: Program, parts: Iterable[Part]) -> dict[str, tuple[Reading
     """
     wanted = {part.name: part for part in parts}
     found: dict[str, list[Reading | Lookup | None]] = {}
+    holding: dict[str, list[Held]] = {}
     for one in held(program):
         if one.weight in wanted and wanted[one.weight].held:
-            found.setdefault(one.weight, []).append(_of_held(one))
+            holding.setdefault(one.output, []).append(one)
     for node in program.nodes:
         if isinstance(node, Opaque):
+            for one in holding.get(node.output.name, ()):
+                found.setdefault(one.weight, []).append(_of_held(one))
             if node.target == EMBEDDING and isinstance(node.args[0], Ref) and isinstance(node.args[1], Ref):
                 part = wanted.get(node.args[0].name)
                 if part is not None and part.gathered:
@@ -97,6 +100,8 @@ def readings(program: Program, parts: Iterable[Part]) -> dict[str, tuple[Reading
 
 
 def _of_held(one: Held) -> Reading | Lookup | None:
+    """How to read what a node contracts with a weight that it holds, or the rows that it gathers; None where the graph
+    does not show it."""
     if one.rows is not None:
         return Lookup(one.rows, one.output)
     if one.tensor is None or one.read is None:

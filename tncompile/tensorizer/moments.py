@@ -106,18 +106,6 @@ class Moments:
         return replace(self, factors=(factor - shift,))
 
 
-def mean_of(several: Sequence[Moments]) -> Moments | None:
-    """The moments of inputs of several layers taken together, each to the same power; None where they are not of one
-    form, or there are none."""
-    if not several or len({tuple((f.shape) for f in m.factors) for m in several}) > 1 or len(several[0].factors) > 1:
-        return None
-    powers = [float(np.trace(m.factors[0]) if m.factors[0].ndim == 2 else m.factors[0].sum()) or 1.0 for m in several]
-    factor = sum(m.factors[0] / power for m, power in zip(several, powers, strict=True)) / len(several)
-    mean = sum(m.mean / math.sqrt(power) for m, power in zip(several, powers, strict=True)) / len(several)
-    rows, shared = min(m.rows for m in several), any(m.shared for m in several)
-    return Moments((np.asarray(factor),), np.asarray(mean), rows, shared)
-
-
 def local_error(exact: Array, other: Array, moments: Moments | None) -> float:
     """``|x (W - V)| / |x W|`` over inputs of some moments; of the weights where there are none."""
     if moments is not None:
@@ -322,7 +310,8 @@ class _Collector:
         self.sums[k] = self.sums[k] + part.astype(np.float64, copy=False)
 
     def _count(self, ids: Array) -> None:
-        ids = np.clip(ids.reshape(-1), 0, self.size - 1)
+        ids = ids.reshape(-1)
+        ids = np.clip(np.where(ids < 0, ids + self.size, ids), 0, self.size - 1)  # ONNX counts some from the end
         self._add(0, np.bincount(ids, minlength=self.size))
         self.rows += ids.size
 

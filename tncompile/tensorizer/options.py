@@ -32,11 +32,12 @@ class Statistics:
 
 
 class Rounding:
-    """The relative errors of a site's output that rounding makes, beside that of the format."""
+    """The relative errors of a site's output that rounding makes, beside that of the format: where its parts are apart,
+    that of the part most in error. `statistics` are those of each part's input."""
 
-    def __init__(self, site: Site, replacement: Replacement | None, statistics: Statistics) -> None:
+    def __init__(self, site: Site, replacement: Replacement | None, statistics: Sequence[Statistics]) -> None:
         self.site, self.replacement, self.statistics = site, replacement, statistics
-        self._weights: dict[str, float] = {}
+        self._weights: dict[str, list[float]] = {}
 
     def error(self, bits: str) -> float:
         """That of some bits.
@@ -48,25 +49,41 @@ class Rounding:
             return 0.0
         weights = self._of_weights(bits)
         if bits not in ROUNDED_ACTIVATIONS:
-            return weights
+            return max(weights)
         cores = 1 if self.replacement is None else len(self.replacement.factorized.cores)
-        moments, step = self.statistics.moments, self.statistics.step
-        if moments is None or step is None:
-            return math.hypot(weights, math.sqrt(cores) * UNKNOWN_ACTIVATIONS)
-        norm = moments.norm(self._exact)
-        noise = step * float(np.linalg.norm(self._exact)) / math.sqrt(12)
-        return math.hypot(weights, math.sqrt(cores) * noise / norm if norm else 0.0)
+        inputs = (_of_activations(*piece) for piece in zip(self._exact, self._read, strict=True))
+        return max(math.hypot(w, math.sqrt(cores) * a) for w, a in zip(weights, inputs, strict=True))
+
+    @property
+    def _read(self) -> Sequence[Statistics]:
+        """Those of each input."""
+        return self.statistics if self.site.apart else self.statistics[:1]
 
     @cached_property
-    def _exact(self) -> Array:
-        return _dense(self.site, self.replacement)
+    def _exact(self) -> list[Array]:
+        return self._pieces(_dense(self.site, self.replacement))
 
-    def _of_weights(self, bits: str) -> float:
+    def _pieces(self, matrix: Array) -> list[Array]:
+        """The matrix of each input."""
+        if not self.site.apart:
+            return [matrix]
+        return np.split(matrix, np.cumsum([part.size(part.outs) for part in self.site.parts])[:-1], axis=1)
+
+    def _of_weights(self, bits: str) -> list[float]:
         number = bits.partition("-")[0]  # whether activations are rounded too makes no difference to weights
         if number not in self._weights:
-            other = _rounded(self.site, self.replacement, bits)
-            self._weights[number] = local_error(self._exact, other, self.statistics.moments)
+            other = self._pieces(_rounded(self.site, self.replacement, bits))
+            pieces = zip(self._exact, other, self._read, strict=True)
+            self._weights[number] = [local_error(a, b, read.moments) for a, b, read in pieces]
         return self._weights[number]
+
+
+def _of_activations(exact: Array, read: Statistics) -> float:
+    """The relative error that activations of eight bits make in the outputs of a matrix."""
+    if read.moments is None or read.step is None:
+        return UNKNOWN_ACTIVATIONS
+    norm = read.moments.norm(exact)
+    return read.step * float(np.linalg.norm(exact)) / math.sqrt(12) / norm if norm else 0.0
 
 
 def _dense(site: Site, replacement: Replacement | None) -> Array:
@@ -108,7 +125,9 @@ class Way:
     sizes: Mapping[str, int]
 
 
-def options(site: Site, ways: Iterable[Way], sensitivity: float, statistics: Statistics) -> tuple[Option, ...]:
+def options(
+    site: Site, ways: Iterable[Way], sensitivity: float, statistics: Sequence[Statistics]
+) -> tuple[Option, ...]:
     """The Pareto front of a site's ways; `sensitivity` is the relative error of the model's outputs over that of the
     site's."""
     found = []

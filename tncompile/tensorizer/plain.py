@@ -69,5 +69,5 @@ def _exported(traced: ImportedModel, made: Prepared) -> bytes:
 
 def weight_error(made: Prepared, bits: str) -> float:
     """The relative error of all weights in some bits, where there is nothing to measure errors on."""
-    local = (made.sensitivity[s.name] * Rounding(s, None, Statistics()).error(bits) for s in made.sites)
+    local = (made.sensitivity[s.name] * Rounding(s, None, [Statistics()]).error(bits) for s in made.sites)
     return math.sqrt(math.fsum(error**2 for error in local))

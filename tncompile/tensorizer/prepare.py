@@ -28,11 +28,12 @@ from tncompile.tensorizer.cost import Predictor
 from tncompile.tensorizer.data import Calibration, collect, load
 from tncompile.tensorizer.evaluation import Evaluation
 from tncompile.tensorizer.inputs import Reading, readings
-from tncompile.tensorizer.moments import Moments, mean_of, moments
+from tncompile.tensorizer.moments import Moments, moments
 from tncompile.tensorizer.options import Statistics
 from tncompile.tensorizer.runner import Runner
 from tncompile.tensorizer.sensitivity import sensitivities
-from tncompile.tensorizer.sites import MIN_SIZE, Site, composed, joint_sites, separate, shared_sites, sites_of
+from tncompile.tensorizer.shared import shared_candidates, shared_sites
+from tncompile.tensorizer.sites import MIN_SIZE, Site, composed, joint_sites, separate, sites_of
 
 SENSITIVITY, SAMPLES = 90.0, 128
 """Seconds for measuring how much each weight matters, and samples to do that on."""
@@ -58,7 +59,7 @@ class Prepared:
     data: Calibration | None
     held: Calibration | None
     candidates: Mapping[str, Sequence[Candidate]] = field(repr=False)
-    statistics: Mapping[str, Statistics] = field(repr=False)
+    statistics: Mapping[str, Sequence[Statistics]] = field(repr=False)
     sensitivity: Mapping[str, float]
     additivity: float
     feeds: Mapping[int, Mapping[str, Array]] = field(repr=False)
@@ -101,7 +102,8 @@ def prepare(
     sites = sites_of(program)
     if not sites:
         raise TNCompileError(f"there are no weights of {MIN_SIZE:,} numbers or more in networks or tables to tensorize")
-    joint = (*joint_sites(sites), *shared_sites(sites)) if "svd" in formats else ()
+    joint = joint_sites(sites) if "svd" in formats else ()
+    joint += shared_sites(sites, joint) if "svd" in formats else ()
     runner = Runner(traced)
     whole = _data(calibration, traced)
     data, held = (None, None) if whole is None else whole.split()
@@ -114,8 +116,11 @@ def prepare(
     kinds = {kind for name in formats for kind in FORMATS[name]}
     for number, site in enumerate((*sites, *joint)):
         progress(f"factorizing {site.name} ({number + 1} of {len(sites) + len(joint)})")
-        inputs = _inputs_of(site, known)
-        ways[site.name] = candidates(site, None if inputs is None else inputs.arrays, predictor, kinds=kinds)
+        inputs = [known.get(part.name) for part in site.parts]
+        if site.apart:
+            ways[site.name] = shared_candidates(site, inputs, predictor)
+        else:
+            ways[site.name] = candidates(site, None if inputs[0] is None else inputs[0].arrays, predictor, kinds=kinds)
     notes = () if whole is None else (*whole.notes, *(held.notes if held is not None else ()))
     steps = {} if data is None else _steps(traced, sites, runner, data)
     found, additivity = _shares(sites), 1.0
@@ -132,9 +137,7 @@ def prepare(
     for site in joint:  # their error is that of all parts together
         found[site.name] = math.sqrt(sum(found[part.name] ** 2 for part in site.parts))
     statistics = {
-        site.name: Statistics(
-            _inputs_of(site, known), max((steps[p.name] for p in site.parts if p.name in steps), default=None)
-        )
+        site.name: tuple(Statistics(known.get(part.name), steps.get(part.name)) for part in site.parts)
         for site in (*sites, *joint)
     }
     feeds = _feeds(traced, context, whole)
@@ -173,14 +176,6 @@ def _data(calibration: Any, traced: ImportedModel) -> Calibration | None:
     if isinstance(calibration, (str, os.PathLike)):
         return load(Path(calibration), traced)
     return collect(calibration, traced)
-
-
-def _inputs_of(site: Site, known: Mapping[str, Moments]) -> Moments | None:
-    """The moments of what a site reads; of inputs apart, those of all together."""
-    found = [known[part.name] for part in site.parts if part.name in known]
-    if site.apart:
-        return mean_of(found) if len(found) == len(site.parts) else None
-    return found[0] if found else None
 
 
 def _perturbed(site: Site, ways: Sequence[Candidate]) -> list[dict[str, Array]]:

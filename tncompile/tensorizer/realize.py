@@ -53,8 +53,9 @@ def realize(
     the bits that the plan wants, they are in more exact ones among those `allowed`, which the notes tell.
     """
     fewer = any(option.bits != "fp32" for option in plan.options)
-    # what is to be computed in fewer bits has to be written out; a compact file has nothing else that could be
-    folded = {"store": "folded"} if fewer and not compiling.get("compact") else {}
+    # layers that are to be computed in fewer bits are written out; what nodes hold, and a compact file, keeps its cores
+    held = any(part.held for one in replacements(plan) for part in one.site.parts)
+    folded = {"store": "folded"} if fewer and not held and not compiling.get("compact") else {}
     compiled = compile_exported(student, **{**compiling, **folded})
     if not fewer:
         written = {part.name: "fp32" for option in plan.options for part in option.site.parts}

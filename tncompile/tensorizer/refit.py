@@ -78,10 +78,11 @@ def refit(
             notes = (f"{left} of {len(replacements)} replacements are not fitted again: the time was up",)
             break
         group = [done.replacements[k] for k in places]
-        found = crosses([one.site for one in group], runner, calibration, done.weights())
+        alike = [one.site for one in group if not one.site.apart]
+        found = crosses(alike, runner, calibration, done.weights())
         new, changed = list(done.replacements), dict(done.biases)
         for k, one in zip(places, group, strict=True):
-            cross = None if one.site.apart else found.get(one.site.parts[0].name)
+            cross = found.get(one.site.parts[0].name)
             if cross is not None and isinstance(one.factorized, TreeFactorized):
                 held = {p.name: b for p in one.site.parts if (b := bias_of(program, p)) is not None} if biases else {}
                 new[k], moved = _fitted(one, cross, held, runner.model.program.arrays)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tncompile.ir import Opaque, Program, networks_of
 from tncompile.ir.core import sources_of
 from tncompile.runtime.quantize import BITS, Reader, readers
+from tncompile.runtime.quantized_sites import STORED_LEAST
 from tncompile.tensorizer.search import Option
 
 
@@ -20,28 +21,31 @@ class Rounding:
     notes: tuple[str, ...]
 
 
-SMALL = 512
-"""Weights of fewer numbers have no say where others share their node: few ways round them at all."""
-
 MOST = 2 / 3
 """Of the numbers in a network's weights so many must be in the bits that it gets; the others stay float32."""
 
 
 def rounding(options: Iterable[Option], program: Program, data: bytes, allowed: Collection[str] = BITS) -> Rounding:
-    """The bits for each network of a compiled program's file: the most exact ones that a plan wants of its weights.
+    """The bits for each network of a compiled program's file: the most exact ones that a plan wants of its weights, but
+    of those too small to be rounded.
 
     Where ONNX Runtime cannot compute most of it so, or that is not among those `allowed`, the next more exact ones that
     can be; ``fp32`` always can. A weight that several networks read is in the most exact bits of any of them.
     """
     options = tuple(options)
     wanted = {part.name: option.bits for option in options for part in option.site.parts}
-    small = {part.name for option in options if _largest(option) < SMALL for part in option.site.parts}
+    largest = {part.name: _largest(option) for option in options for part in option.site.parts}
     nodes = readers(data)
     choice: dict[str, str] = {}
     written: dict[str, str] = {}
     causes: dict[str, str] = {}
     for key, weights in _held(options, program, nodes).items():
-        first = min(weights, key=lambda name: (name in small, BITS.index(wanted[name])))
+        first = min(weights, key=lambda name: BITS.index(wanted[name]))
+        others = [name for name in weights if largest[name] >= STORED_LEAST["int8-weights"]]
+        if others:
+            most = min(others, key=lambda name: BITS.index(wanted[name]))
+            if wanted[most] in STORED_LEAST:  # which leave the small ones as they are
+                first, weights = most, tuple(others)
         ways = BITS[: BITS.index(wanted[first]) + 1]
         bits = [b for b in ways if b == "fp32" or (b in allowed and _covers(nodes[key], b))][-1]
         choice[key] = bits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from tncompile.frontend.model import ImportedModel
 from tncompile.ir import Array, Network, Program, Term
 from tncompile.passes import Clean, Context, Fold, Pipeline
 from tncompile.passes.positions import tables_of
-from tncompile.tensorizer.held import held
+from tncompile.tensorizer.held import Held, held
 
 MIN_SIZE = 1024
 """Weights of fewer numbers are left alone: there is nothing to gain."""
@@ -75,7 +74,7 @@ class Site:
     @property
     def name(self) -> str:
         """The weight's name, or those of all."""
-        return "+".join(part.name for part in self.parts)
+        return ("&" if self.apart else "+").join(part.name for part in self.parts)
 
     @cached_property
     def matrix(self) -> Array:
@@ -170,7 +169,8 @@ def sites_of(program: Program, minimum: int = MIN_SIZE) -> tuple[Site, ...]:
     own.
 
     A weight that is used in several ways is none where its axes play different parts; nor is one that a pass has made
-    from others, whose array the model does not have.
+    from others, whose array the model does not have. A table that is contracted too, as a tied head, is what it is
+    contracted as.
     """
     found: dict[str, Part | None] = {}
     for use in _uses(program):
@@ -190,7 +190,9 @@ def sites_of(program: Program, minimum: int = MIN_SIZE) -> tuple[Site, ...]:
     for one in held(program):
         array = program.weights[one.weight]
         own = program.sources(one.weight) == (one.weight,)
-        if array.size >= minimum and own and one.weight not in found:
+        if one.weight in found and one.rows is None and not _same(found[one.weight], one):
+            found[one.weight] = None
+        elif array.size >= minimum and own and one.weight not in found:
             found[one.weight] = Part(one.weight, array, one.ins, one.outs, gathered=one.rows is not None, held=True)
     return tuple(Site((part,)) for part in found.values() if part is not None)
 
@@ -206,24 +208,6 @@ def joint_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
                 sizes = tuple(part.array.shape[axis] for axis in part.ins)
                 groups.setdefault((term.operands[0].name, sizes, part.array.dtype), []).append(part)
     return tuple(Site(tuple(parts)) for parts in groups.values() if len(parts) > 1)
-
-
-def shared_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
-    """Sites of two weights each at neighbouring depths, which may share the left factor of an SVD: of one shape, and of
-    one name but for its first number, as ``layers.0.up`` and ``layers.1.up`` (basis sharing, arXiv:2410.03765)."""
-    rows: dict[object, dict[int, Part]] = {}
-    for site in sites:
-        (part,) = site.parts
-        number = re.search(r"\d+", part.name)
-        if number is not None and part.uses and not part.uses[0].term.windows:
-            name = f"{part.name[: number.start()]}#{part.name[number.end() :]}"
-            key = (name, part.array.shape, part.ins, part.outs, part.array.dtype)
-            rows.setdefault(key, {})[int(number[0])] = part
-    found = []
-    for row in rows.values():
-        depths = sorted(row)
-        found += [Site((row[a], row[b]), apart=True) for a, b in zip(depths[::2], depths[1::2], strict=False)]
-    return tuple(found)
 
 
 def _uses(program: Program) -> Iterator[Use]:
@@ -258,6 +242,11 @@ def _reached(term: Term, position: int) -> set[str]:
         if more <= reached:
             return reached
         reached |= more
+
+
+def _same(known: Part | None, one: Held) -> bool:
+    """Whether a node holds a weight as others do."""
+    return known is not None and known.held and (known.ins, known.outs) == (one.ins, one.outs)
 
 
 def _fits(known: Part | None, roles: tuple[tuple[int, ...], tuple[int, ...]], array: Array) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir
 
 from tncompile.emit.fuse import match
-from tncompile.emit.fuse.match import Dims, Editor, constant, shape_of
-from tncompile.emit.fuse.turned import SPATIAL, Turn
+from tncompile.emit.fuse.match import Dims, Editor, constant_shape, shape_of
+from tncompile.emit.fuse.turned import SPATIAL, Turn, constant_bias
 
 
 def long_axis_last(graph: onnx_ir.Graph) -> int:
@@ -23,7 +22,7 @@ def long_axis_last(graph: onnx_ir.Graph) -> int:
     The kernels for images compute several outputs of a row at once; with one column, one at a time.
 
     Conditions, for a region of nodes that hang together by values of four axes:
-    1. at least one Conv or pool, each with a kernel of one column and nothing padded to its sides;
+    1. at least one Conv; it and pools have kernels of one column and nothing padded to their sides;
     2. else elementwise functions, whose constants vary along channels at most;
     3. every value of the region has a static last axis of size 1.
     """
@@ -31,8 +30,6 @@ def long_axis_last(graph: onnx_ir.Graph) -> int:
 
 
 class _Column(Turn):
-    there, back = (0, 0, 1, -1), (0, 0, -1, 1)
-
     def fits(self, shape: Dims) -> bool:
         return len(shape) == 4 and shape[3] == 1
 
@@ -40,10 +37,10 @@ class _Column(Turn):
         kernel = match.attribute(node, "kernel_shape")
         pads, auto = match.attribute(node, "pads"), match.attribute(node, "auto_pad", "NOTSET")
         if match.is_op(node, "Conv"):
-            weight = constant(node.inputs[1])
-            if weight is None:
+            weight = constant_shape(node.inputs[1])
+            if weight is None or not constant_bias(node):
                 return False
-            kernel = kernel or weight.shape[2:]
+            kernel = kernel or weight[2:]
         shape = shape_of(node.inputs[0])
         return (
             shape is not None
@@ -56,11 +53,11 @@ class _Column(Turn):
 
     def keeps(self, node: onnx_ir.Node, position: int) -> bool:
         """A constant that is the same whichever of the last two axes comes first."""
-        array = constant(node.inputs[position])
-        assert array is not None
+        shape = constant_shape(node.inputs[position])
+        assert shape is not None
         if match.is_op(node, "BatchNormalization"):
-            return array.ndim == 1
-        return (array.ndim < 2 and array.size == 1) or (array.ndim >= 2 and array.shape[-2:] == (1, 1))
+            return len(shape) == 1
+        return shape in ((), (1,)) or (len(shape) >= 2 and shape[-2:] == (1, 1))
 
     def turned(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         return (*shape[:-2], shape[-1], shape[-2])
@@ -76,7 +73,6 @@ class _Column(Turn):
         if pads is not None:
             node.attributes["pads"] = onnx_ir.AttrInt64s("pads", (pads[1], pads[0], pads[3], pads[2]))
         if match.is_op(node, "Conv"):
-            weight, array = node.inputs[1], constant(node.inputs[1])
-            assert weight is not None and array is not None
-            row = editor.constant(f"{weight.name}.row", np.ascontiguousarray(array.swapaxes(2, 3)))
-            node.replace_input_with(1, row)
+            weight = node.inputs[1]
+            assert weight is not None
+            node.replace_input_with(1, editor.rearranged(weight, f"{weight.name}.row", (0, 1, 3, 2)))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
+from tncompile.emit.graph import Arranged
 from tncompile.ir import Array
 
 MICROSOFT = "com.microsoft"
@@ -56,6 +57,13 @@ def constant(value: onnx_ir.Value | None) -> Array | None:
     return array
 
 
+def constant_shape(value: onnx_ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of such an initializer, whose numbers need not be there yet."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return tuple(int(size) for size in value.const_value.shape.numpy())
+
+
 def number(value: onnx_ir.Value | None) -> float | None:
     """A constant of one element."""
     array = constant(value)
@@ -94,6 +102,26 @@ class Editor:
         value = onnx_ir.Value(name=name, type=kind, shape=onnx_ir.Shape(array.shape), const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+    def rearranged(self, value: onnx_ir.Value, base: str, order: Sequence[int | None]) -> onnx_ir.Value:
+        """A constant with its axes in another order, None being a new one of size 1. It is made when it is written, and
+        is known to be what `value` was contracted from."""
+        tensor, shape = value.const_value, constant_shape(value)
+        assert tensor is not None and shape is not None
+        kept = [axis for axis in order if axis is not None]
+        sizes = [1 if axis is None else shape[axis] for axis in order]
+        name = self.name(base)
+
+        def made() -> onnx_ir.TensorProtocol:
+            return onnx_ir.tensor(np.ascontiguousarray(tensor.numpy().transpose(kept)).reshape(sizes), name=name)
+
+        lazy = onnx_ir.LazyTensor(made, dtype=tensor.dtype, shape=onnx_ir.Shape(sizes), name=name)
+        new = onnx_ir.Value(name=name, type=value.type, shape=onnx_ir.Shape(sizes), const_value=lazy)
+        self.graph.register_initializer(new)
+        arranged = Arranged.of(value)
+        if arranged is not None:
+            Arranged(arranged.core, tuple(() if k is None else arranged.groups[k] for k in order)).note(new)
+        return new
 
     def node(
         self,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir
 
 from tncompile.cost.kernels import gains_as_image
 from tncompile.emit.fuse import match
-from tncompile.emit.fuse.match import Dims, Editor, constant
-from tncompile.emit.fuse.turned import SPATIAL, Turn
+from tncompile.emit.fuse.match import Dims, Editor, constant_shape
+from tncompile.emit.fuse.turned import SPATIAL, Turn, constant_bias
 
 
 def sequences_as_images(graph: onnx_ir.Graph) -> int:
@@ -31,8 +30,6 @@ def sequences_as_images(graph: onnx_ir.Graph) -> int:
 
 
 class _Sequence(Turn):
-    there, back = (0, 0, 1, -1), (0, 0, -1)
-
     def fits(self, shape: Dims) -> bool:
         return len(shape) == 3
 
@@ -41,15 +38,15 @@ class _Sequence(Turn):
             return False
         if not match.is_op(node, "Conv"):
             return True
-        weight, groups = constant(node.inputs[1]), match.attribute(node, "group", 1)
-        if weight is None or weight.dtype != np.float32 or weight.ndim != 3:
+        weight, groups = constant_shape(node.inputs[1]), match.attribute(node, "group", 1)
+        if weight is None or node.inputs[1].dtype != onnx_ir.DataType.FLOAT or not constant_bias(node):  # type: ignore[union-attr]
             return False
-        filters, channels, taps = weight.shape
+        filters, channels, taps = weight
         return gains_as_image(groups, channels, filters // groups, taps)
 
     def keeps(self, node: onnx_ir.Node, position: int) -> bool:
-        array = constant(node.inputs[position])
-        return array is not None and array.ndim <= 3
+        shape = constant_shape(node.inputs[position])
+        return shape is not None and len(shape) <= 3
 
     def turned(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         return (*shape[:-1], 1, shape[-1])
@@ -66,7 +63,7 @@ class _Sequence(Turn):
         if match.is_op(node, "BatchNormalization"):
             return
         for position, value in enumerate(node.inputs):
-            array = constant(value)
-            if value is not None and array is not None and array.ndim > 1:
-                row = editor.constant(f"{value.name}.row", array.reshape(self.turned(array.shape)))
-                node.replace_input_with(position, row)
+            shape = constant_shape(value)
+            if value is not None and shape is not None and len(shape) > 1:
+                order = (*range(len(shape) - 1), None, len(shape) - 1)
+                node.replace_input_with(position, editor.rearranged(value, f"{value.name}.row", order))

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir
 
 from tncompile.emit.fuse import match
-from tncompile.emit.fuse.match import Dims, Editor, constant, shape_of
+from tncompile.emit.fuse.match import Dims, Editor, constant, constant_shape, shape_of
 
 SPATIAL = ("Conv", "MaxPool", "AveragePool")
 _ELEMENTWISE = (
@@ -22,11 +22,8 @@ class Turn(ABC):
     """A change of shape for regions of nodes that hang together: convolutions, pools and elementwise functions.
 
     Where a value enters a region it is reshaped, and back where it leaves; a Reshape that is there anyway is changed
-    instead. `back` are the sizes of that Reshape, 0 for what stays and -1 for the rest, as `there` of the other one.
+    instead.
     """
-
-    there: tuple[int, ...]
-    back: tuple[int, ...]
 
     @abstractmethod
     def fits(self, shape: Dims) -> bool:
@@ -71,7 +68,7 @@ class Turn(ABC):
         if not match.is_op(node, *_ELEMENTWISE):
             return False
         return all(
-            self.keeps(node, k) if constant(value) is not None else self._fits(value)
+            self.keeps(node, k) if constant_shape(value) is not None else self._fits(value)
             for k, value in enumerate(node.inputs)
             if value is not None
         )
@@ -93,7 +90,7 @@ class Turn(ABC):
         turned: dict[onnx_ir.Value, onnx_ir.Value] = {}
         for node in region:
             for position, value in enumerate(node.inputs):
-                if value is None or constant(value) is not None or value.producer() in inside:
+                if value is None or constant_shape(value) is not None or value.producer() in inside:
                     continue
                 if value not in turned:
                     turned[value] = self._inward(value, node, editor)
@@ -103,33 +100,50 @@ class Turn(ABC):
             self._outward(node, inside, editor)
 
     def _inward(self, value: onnx_ir.Value, reader: onnx_ir.Node, editor: Editor) -> onnx_ir.Value:
-        shape = self.turned(shape_of(value) or ())
+        old = shape_of(value) or ()
+        shape = self.turned(old)
         before = match.producer(value, "Reshape")
         sizes = constant(before.inputs[1]) if before is not None else None
         if before is not None and sizes is not None and 0 not in sizes:
             source = before.inputs[0]
             assert source is not None
             return editor.reshape(source, self.turned([int(s) for s in sizes]), reader, shape)
-        return editor.reshape(value, self.there, reader, shape)
+        return editor.reshape(value, _sizes(old, shape), reader, shape)
 
     def _outward(self, node: onnx_ir.Node, inside: set[onnx_ir.Node], editor: Editor) -> None:
         """What a node of the region gives to others, as it was. Who reshapes it anyway need not care."""
         value = node.outputs[0]
         shape = shape_of(value)
         assert shape is not None
-        value.shape = onnx_ir.Shape(self.turned(shape))
+        turned = self.turned(shape)
+        value.shape = onnx_ir.Shape(turned)
         restored: onnx_ir.Value | None = None
         for use in list(value.uses()):
             if use.node in inside or _reshapes(use.node):
                 continue
-            restored = restored or editor.reshape(value, self.back, node, shape, behind=True)
+            restored = restored or editor.reshape(value, _sizes(turned, shape), node, shape, behind=True)
             if restored.producer() is not use.node:
                 use.node.replace_input_with(use.idx, restored)
         if value.is_graph_output():
-            restored = restored or editor.reshape(value, self.back, node, shape, behind=True)
+            restored = restored or editor.reshape(value, _sizes(turned, shape), node, shape, behind=True)
             for position, output in enumerate(editor.graph.outputs):
                 if output is value:
                     editor.graph.outputs[position] = restored
+
+
+def constant_bias(node: onnx_ir.Node) -> bool:
+    """Whether a Conv has a bias that is known at compile time, or none."""
+    return len(node.inputs) < 3 or node.inputs[2] is None or constant_shape(node.inputs[2]) is not None
+
+
+def _sizes(old: Dims, new: Dims) -> list[int]:
+    """The sizes that a Reshape takes: those that are known; -1 for one that is not, 0 where it stays in its place and
+    another is not known either."""
+    unknown = [k for k, size in enumerate(new) if not isinstance(size, int)]
+    if len(unknown) < 2:
+        return [size if isinstance(size, int) else -1 for size in new]
+    stays = [k for k in unknown if k < len(old) and old[k] == new[k]]
+    return [0 if k in stays else size if isinstance(size, int) else -1 for k, size in enumerate(new)]
 
 
 def _reshapes(node: onnx_ir.Node) -> bool:
