@@ -88,8 +88,8 @@ def test_a_separable_kernel_is_split_in_space() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(16, 24, 5, padding=2, bias=False)
             torch.manual_seed(0)  # of some kernels the train is behind the split at every size
+            self.conv = nn.Conv2d(16, 24, 5, padding=2, bias=False)
             across, down = torch.randn(24, 4, 1, 5), torch.randn(4, 16, 5, 1)
             self.conv.weight = nn.Parameter(torch.einsum("orxk,rcly->oclk", across, down))
 
