@@ -147,8 +147,9 @@ def test_a_search_lets_them_share_it() -> None:
     made = tncompile.tensorize(
         module, x, max_error=0.01, prefer="size", bits=("fp32",), formats=("svd",), batch=(1, 16), threads=1
     )
-    names = {w.name: w.kept for w in made.report.weights}
-    assert names["layers.0.weight&layers.1.weight"].startswith("SVD r1=8")
+    (pair,) = (w for w in made.report.weights if w.name == "layers.0.weight&layers.1.weight")
+    assert pair.kept.startswith("SVD r1=8")
+    assert pair.size == (2 * 64 * 64 * 4, 3 * 64 * 8 * 4)
 
 
 class Table(nn.Module):

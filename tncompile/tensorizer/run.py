@@ -346,7 +346,9 @@ class Search:
         ways = {options[0].site.name: options for options in (*sites.alone, *sites.joint)}
         weights = []
         for option in plan.options:
-            first = min((o for o in ways[option.site.name] if o.error == 0), key=lambda o: o.seconds, default=option)
+            parts = option.site.parts  # of which each has ways of its own
+            exact = [[o.seconds for o in ways.get(part.name, ()) if o.error == 0] for part in parts]
+            before = sum(min(seconds) for seconds in exact) if all(exact) else option.seconds
             rows, columns = option.site.matrix.shape
             weights.append(
                 WeightSummary(
@@ -354,8 +356,8 @@ class Search:
                     (int(rows), int(columns)),
                     option.label,
                     option.error,
-                    (first.seconds, option.seconds),
-                    (first.size, option.size),
+                    (before, option.seconds),
+                    (sum(part.array.nbytes for part in parts), option.size),
                     len(ways[option.site.name]),
                 )
             )
