@@ -179,9 +179,7 @@ def _contracted(network: Network) -> Tensor:
     data = np.asarray(evaluate(network).astype(network.dtype))
     (term, *others), kept = network.terms, network.output.indices
     plain = not others and not term.windows and {i.name for i in kept} <= {*term.indices} and len({*kept}) == len(kept)
-    recipe = Recipe(term, kept) if plain else None
-    if recipe is not None and recipe.elements >= data.size:
-        recipe = None
+    recipe = Recipe.where_smaller(term, kept) if plain else None
     return Tensor(network.output.name, network.output.axes, data, recipe, sources_of(network.cores))
 
 

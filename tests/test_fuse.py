@@ -82,6 +82,18 @@ def error(compiled: tncompile.CompiledModel, module: torch.nn.Module, inputs: Se
     return float(np.abs(y - reference).max() / np.abs(reference).max())
 
 
+def assert_outputs(
+    compiled: tncompile.CompiledModel, module: torch.nn.Module, x: torch.Tensor, rtol: float, atol: float
+) -> None:
+    """Every output has the shape and, nearly, the numbers that the module gives in float64."""
+    y = compiled.run(x)
+    with torch.no_grad():
+        reference = module.double()(x.double())
+    for mine, wide in zip(y.values(), reference, strict=True):
+        assert mine.shape == tuple(wide.shape)
+        np.testing.assert_allclose(mine, wide.numpy(), rtol=rtol, atol=atol)
+
+
 def sequences(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random sequences, whose last two tokens are masked in every other one."""
     generator = torch.Generator().manual_seed(batch)
@@ -185,12 +197,7 @@ def test_a_column_is_computed_as_a_row(tmp_path: Path) -> None:
     read = {name for node in nodes for name in node.input}
     assert {t.name for t in onnx.load_from_string(compiled.onnx).graph.initializer} <= read  # no weight twice
     x = torch.randn(5, 1024)
-    y = compiled.run(x)
-    with torch.no_grad():
-        reference = module.double()(x.double())
-    for mine, wide in zip(y.values(), reference, strict=True):
-        assert mine.shape == tuple(wide.shape)
-        np.testing.assert_allclose(mine, wide.numpy(), rtol=1e-4, atol=1e-5)
+    assert_outputs(compiled, module, x, rtol=1e-4, atol=1e-5)
 
 
 def test_a_short_column_is_not_written_out(tmp_path: Path) -> None:
@@ -233,12 +240,7 @@ def test_sequences_are_computed_as_images_of_one_row(tmp_path: Path) -> None:
     assert seen.after["com.microsoft.nchwc:Conv"] >= 3
     assert {t.name for t in model.graph.initializer} <= {name for node in model.graph.node for name in node.input}
     x = torch.randn(5, 400)
-    y = compiled.run(x)
-    with torch.no_grad():
-        reference = module.double()(x.double())
-    for mine, wide in zip(y.values(), reference, strict=True):
-        assert mine.shape == tuple(wide.shape)
-        np.testing.assert_allclose(mine, wide.numpy(), rtol=1e-4, atol=1e-5)
+    assert_outputs(compiled, module, x, rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_batch_of_sequences_has_an_empty_result(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ cores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -222,6 +223,12 @@ class Recipe:
 
     term: Term
     kept: tuple[Index, ...]
+
+    @staticmethod
+    def where_smaller(term: Term, kept: tuple[Index, ...]) -> Recipe | None:
+        """The recipe, where the cores have fewer numbers than what is made of them."""
+        recipe = Recipe(term, kept)
+        return recipe if recipe.elements < math.prod(int(i.size) for i in kept) else None
 
     @property
     def elements(self) -> int:

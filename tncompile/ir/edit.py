@@ -309,9 +309,7 @@ def _merged(cores: Sequence[Tensor], order: Tree, held: Mapping[str, int], dtype
     else:
         with np.errstate(over="ignore"):  # a float16 product may not fit: for the caller to see
             data = merge(cores, order, keep).astype(dtype)
-    recipe = None if shapes_only else Recipe(Term(tuple(cores), order), keep)
-    if recipe is not None and recipe.elements >= data.size:
-        recipe = None
+    recipe = None if shapes_only else Recipe.where_smaller(Term(tuple(cores), order), keep)
     return Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data, recipe, sources_of(cores))
 
 

@@ -65,7 +65,7 @@ class Predictor:
 
     def cost(self, site: Site, replacement: Replacement | None = None) -> Cost:
         """What a site costs with a replacement, or as it is."""
-        if any(part.held for part in site.parts):
+        if site.held:
             numbers = site.size if replacement is None else replacement.parameters
             return Cost((0.0,) * len(self.context.batches), numbers * site.parts[0].array.itemsize)
         key = (self._key(site), None if replacement is None else _form(replacement))
@@ -78,7 +78,7 @@ class Predictor:
 
     def planned(self, site: Site, replacement: Replacement | None, batch: int) -> tuple[Network, ...]:
         """The networks that `seconds` prices, scheduled for one batch size; none for a site that is gathered from."""
-        if self._gathers(site) or any(part.held for part in site.parts):
+        if self._gathers(site) or site.held:
             return ()
         program = self._program(site, replacement)
         context = replace(self.context, batches=(batch,))

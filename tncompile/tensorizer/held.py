@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from tncompile.ir import Array, Index, Opaque, Program, Ref, Tensor
+from tncompile.ir import Index, Opaque, Program, Ref, Tensor
 from tncompile.ir.opaque import Arg, references
 
 _TORCH_CELLS = ("aten.lstm.input", "aten.gru.input")
@@ -24,8 +24,8 @@ together, and little that nodes of an ONNX model read is computed at once."""
 class Held:
     """A weight that a node holds: the axes of it that are contracted, and what they are contracted with.
 
-    `tensors` are the value that is read, with an index for each axis (empty where the graph does not show it), of which
-    `read` is what the weight contracts. Of a table (`rows` is the value that has the numbers of the rows) it is none.
+    `tensor` is the value that is read, with an index for each axis, of which the weight contracts `read`; both are None
+    where the graph does not show it, and for a table, of which `rows` is the value that has the numbers of the rows.
     """
 
     weight: str
@@ -57,7 +57,7 @@ def _torch_cell(node: Opaque, program: Program, result: str | None) -> Iterator[
     The first layer reads x; the states of the last one are the result. What is between is not shown. Small matrices are
     left out: the file would have them dense.
     """
-    matrices = [r.name for r in references(node.args[2]) if _rank(program.weights.get(r.name)) == 2]
+    matrices = [r.name for r in references(node.args[2]) if _is_large(r.name, program, 2, 0)]
     layers, both = node.args[4], node.args[7]
     if not isinstance(layers, int) or len(matrices) != 2 * layers * (2 if both else 1):
         return  # with a projection there is a third matrix each
@@ -69,7 +69,7 @@ def _torch_cell(node: Opaque, program: Program, result: str | None) -> Iterator[
             value = _name(node.args[0])
         elif number >= len(matrices) - width and recurrent:
             value = result
-        if program.weights[weight].size > _FOLDED["torch"]:
+        if _is_large(weight, program, 2, _FOLDED["torch"]):
             yield _contracting(program, weight, 2, value, node.output.name)
 
 
@@ -77,20 +77,22 @@ def _onnx_cell(node: Opaque, program: Program) -> Iterator[Held]:
     """``LSTM(x, W, R, ...)``: weights are [directions, gates·out, in]."""
     for position, value in ((1, _name(node.args[0])), (2, None)):
         weight = _name(node.args[position])
-        if _is_large(weight, program, 3):
+        if _is_large(weight, program, 3, _FOLDED["onnx"]):
             yield _contracting(program, weight, 3, value, node.output.name)
 
 
 def _table(node: Opaque, program: Program) -> Iterator[Held]:
     weight, rows = _name(node.args[0]), _name(node.args[1])
     axis = dict(node.kwargs).get("axis", 0)
-    if _is_large(weight, program, 2) and rows is not None and rows in program.values and axis == 0:
+    large = _is_large(weight, program, 2, _FOLDED["onnx"])
+    if large and weight is not None and rows is not None and rows in program.values and axis == 0:
         yield Held(weight, (0,), (1,), node.output.name, rows=rows)
 
 
-def _is_large(weight: str | None, program: Program, rank: int) -> TypeGuard[str]:
+def _is_large(weight: str | None, program: Program, rank: int, least: int) -> TypeGuard[str]:
+    """Whether an argument is a weight of so many axes and more than `least` numbers."""
     array = program.weights.get(weight) if weight is not None else None
-    return array is not None and array.ndim == rank and array.size > _FOLDED["onnx"]
+    return array is not None and array.ndim == rank and array.size > least
 
 
 def _contracting(program: Program, weight: str, rank: int, value: str | None, output: str) -> Held:
@@ -119,7 +121,3 @@ def _first_results(program: Program) -> Mapping[str, str]:
 
 def _name(arg: Arg) -> str | None:
     return arg.name if isinstance(arg, Ref) else None
-
-
-def _rank(array: Array | None) -> int:
-    return 0 if array is None else array.ndim

@@ -65,9 +65,7 @@ class Rounding:
 
     def _pieces(self, matrix: Array) -> list[Array]:
         """The matrix of each input."""
-        if not self.site.apart:
-            return [matrix]
-        return np.split(matrix, np.cumsum([part.size(part.outs) for part in self.site.parts])[:-1], axis=1)
+        return self.site.split(matrix) if self.site.apart else [matrix]
 
     def _of_weights(self, bits: str) -> list[float]:
         number = bits.partition("-")[0]  # whether activations are rounded too makes no difference to weights

@@ -54,7 +54,7 @@ def realize(
     """
     fewer = any(option.bits != "fp32" for option in plan.options)
     # layers that are to be computed in fewer bits are written out; what nodes hold, and a compact file, keeps its cores
-    held = any(part.held for one in replacements(plan) for part in one.site.parts)
+    held = any(one.site.held for one in replacements(plan))
     folded = {"store": "folded"} if fewer and not held and not compiling.get("compact") else {}
     compiled = compile_exported(student, **{**compiling, **folded})
     if not fewer:

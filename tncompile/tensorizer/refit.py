@@ -109,12 +109,10 @@ def _fitted(
     if not follow:
         return new, {}
     shift = cross.before.mean @ exact - cross.after.mean @ factorized.dense()
-    changed, place = dict[str, Array](), 0
-    for part in one.site.parts:
-        width = part.size(part.outs)
+    changed = dict[str, Array]()
+    for part, moved in zip(one.site.parts, one.site.split(shift), strict=True):
         bias = arrays[biases[part.name]]
-        changed[biases[part.name]] = (bias + shift[place : place + width].reshape(bias.shape)).astype(bias.dtype)
-        place += width
+        changed[biases[part.name]] = (bias + moved.reshape(bias.shape)).astype(bias.dtype)
     return new, changed
 
 

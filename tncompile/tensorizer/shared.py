@@ -60,15 +60,14 @@ def shared_candidates(
     def ladder() -> Iterator[tuple[Factorized, float]]:
         for made in cut_ladder(scaled, axes, (0,), weighing, sizes):
             factorized = replace(made, cores=(made.cores[0], made.cores[1] / columns), bound=None)
-            yield factorized, _worst(parts, factorized.dense(), moments)
+            yield factorized, _worst(parts, site.split(factorized.dense()), moments)
 
     return of_ladder(site, ladder(), predictor)
 
 
-def _worst(parts: Sequence[Array], other: Array, moments: Sequence[Moments | None]) -> float:
-    """The largest of the relative errors of the outputs of some matrices, with others side by side in their place."""
-    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
-    return max(local_error(a, b, m) for a, b, m in zip(parts, np.split(other, ends, axis=1), moments, strict=True))
+def _worst(parts: Sequence[Array], others: Sequence[Array], moments: Sequence[Moments | None]) -> float:
+    """The largest of the relative errors of the outputs of some matrices, with others in their place."""
+    return max(local_error(a, b, m) for a, b, m in zip(parts, others, moments, strict=True))
 
 
 def _mean(moments: Sequence[Moments | None]) -> Metric | None:

@@ -88,12 +88,17 @@ class Site:
 
     def restored(self, matrix: Array) -> dict[str, Array]:
         """The weights of another matrix, by name, each in its own shape and dtype."""
-        found, start = dict[str, Array](), 0
-        for part in self.parts:
-            width = part.size(part.outs)
-            found[part.name] = part.restored(matrix[:, start : start + width]).astype(part.array.dtype)
-            start += width
-        return found
+        pieces = zip(self.parts, self.split(matrix), strict=True)
+        return {part.name: part.restored(piece).astype(part.array.dtype) for part, piece in pieces}
+
+    def split(self, array: Array) -> list[Array]:
+        """An array whose last axis has the outputs of all parts, cut into those of each."""
+        return np.split(array, np.cumsum([part.size(part.outs) for part in self.parts])[:-1], axis=-1)
+
+    @property
+    def held(self) -> bool:
+        """Whether nodes have to have its weights whole."""
+        return any(part.held for part in self.parts)
 
     @property
     def in_sizes(self) -> tuple[int, ...]:
@@ -133,17 +138,15 @@ class Replacement:
         several weights the first one's left factor is that of all."""
         cores, labels = self.factorized.cores, self.factorized.labels
         names = [f"core_{k}" for k in range(len(cores))]
-        modes, start, found = tuple(self.factorized.modes), 0, list[Factors]()
+        modes, found = tuple(self.factorized.modes), list[Factors]()
         shared = Core(f"{self.site.parts[0].name}.{names[0]}", cores[0], labels[0])
-        for part in self.site.parts:
+        for k, part in enumerate(self.site.parts):
             own = [Core(f"{part.name}.{n}", c, on) for n, c, on in zip(names, cores, labels, strict=True)]
             if len(self.site.parts) > 1:
-                width = part.size(part.outs)
-                own = [shared, replace(own[1], array=cores[1][:, start : start + width])]
-                start += width
+                own = [shared, replace(own[1], array=self.site.split(cores[1])[k])]
             axes = (*part.ins, *part.outs)
             sizes = tuple(part.array.shape[axis] for axis in axes)
-            found.append(Factors(part.name, tuple(own), modes, sizes, tuple(int(k) for k in np.argsort(axes))))
+            found.append(Factors(part.name, tuple(own), modes, sizes, tuple(int(a) for a in np.argsort(axes))))
         return tuple(found)
 
     def dense(self) -> dict[str, Array]:

@@ -9,7 +9,7 @@ import onnx_ir
 
 from tncompile.emit.fuse import match
 from tncompile.emit.fuse.match import Dims, Editor, constant_shape, shape_of
-from tncompile.emit.fuse.turned import SPATIAL, Turn, constant_bias
+from tncompile.emit.fuse.turned import Turn, constant_bias
 
 
 def long_axis_last(graph: onnx_ir.Graph) -> int:
@@ -62,16 +62,10 @@ class _Column(Turn):
     def turned(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         return (*shape[:-2], shape[-1], shape[-2])
 
+    def window(self, values: Sequence[int], alone: int) -> tuple[int, ...]:
+        return tuple(values)[::-1]
+
     def rewrite(self, node: onnx_ir.Node, editor: Editor) -> None:
-        if not match.is_op(node, *SPATIAL):
-            return
-        for name in ("kernel_shape", "strides", "dilations"):
-            values = match.attribute(node, name)
-            if values is not None:
-                node.attributes[name] = onnx_ir.AttrInt64s(name, tuple(values)[::-1])
-        pads = match.attribute(node, "pads")
-        if pads is not None:
-            node.attributes["pads"] = onnx_ir.AttrInt64s("pads", (pads[1], pads[0], pads[3], pads[2]))
         if match.is_op(node, "Conv"):
             weight = node.inputs[1]
             assert weight is not None

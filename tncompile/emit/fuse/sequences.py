@@ -10,7 +10,7 @@ import onnx_ir
 from tncompile.cost.kernels import gains_as_image
 from tncompile.emit.fuse import match
 from tncompile.emit.fuse.match import Dims, Editor, constant_shape
-from tncompile.emit.fuse.turned import SPATIAL, Turn, constant_bias
+from tncompile.emit.fuse.turned import Turn, constant_bias
 
 
 def sequences_as_images(graph: onnx_ir.Graph) -> int:
@@ -38,10 +38,11 @@ class _Sequence(Turn):
             return False
         if not match.is_op(node, "Conv"):
             return True
-        weight, groups = constant_shape(node.inputs[1]), match.attribute(node, "group", 1)
-        if weight is None or node.inputs[1].dtype != onnx_ir.DataType.FLOAT or not constant_bias(node):  # type: ignore[union-attr]
+        weight, groups = node.inputs[1], match.attribute(node, "group", 1)
+        shape = constant_shape(weight)
+        if weight is None or shape is None or weight.dtype != onnx_ir.DataType.FLOAT or not constant_bias(node):
             return False
-        filters, channels, taps = weight
+        filters, channels, taps = shape
         return gains_as_image(groups, channels, filters // groups, taps)
 
     def keeps(self, node: onnx_ir.Node, position: int) -> bool:
@@ -51,15 +52,10 @@ class _Sequence(Turn):
     def turned(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         return (*shape[:-1], 1, shape[-1])
 
+    def window(self, values: Sequence[int], alone: int) -> tuple[int, ...]:
+        return (alone, *values)
+
     def rewrite(self, node: onnx_ir.Node, editor: Editor) -> None:
-        if match.is_op(node, *SPATIAL):
-            for name in ("kernel_shape", "strides", "dilations"):
-                values = match.attribute(node, name)
-                if values is not None:
-                    node.attributes[name] = onnx_ir.AttrInt64s(name, (1, *values))
-            pads = match.attribute(node, "pads")
-            if pads is not None:
-                node.attributes["pads"] = onnx_ir.AttrInt64s("pads", (0, pads[0], 0, pads[1]))
         if match.is_op(node, "BatchNormalization"):
             return
         for position, value in enumerate(node.inputs):

@@ -11,7 +11,7 @@ import onnx_ir
 from tncompile.emit.fuse import match
 from tncompile.emit.fuse.match import Dims, Editor, constant, constant_shape, shape_of
 
-SPATIAL = ("Conv", "MaxPool", "AveragePool")
+_SPATIAL = ("Conv", "MaxPool", "AveragePool")
 _ELEMENTWISE = (
     "Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "Softplus", "HardSigmoid", "HardSwish", "Gelu", "Clip", "Erf",
     "BatchNormalization", "PRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Identity",
@@ -42,8 +42,12 @@ class Turn(ABC):
         """The shape that a value has in a region."""
 
     @abstractmethod
+    def window(self, values: Sequence[int], alone: int) -> tuple[int, ...]:
+        """The values of an attribute that has one for each axis of space; `alone` is that of an axis of size 1."""
+
+    @abstractmethod
     def rewrite(self, node: onnx_ir.Node, editor: Editor) -> None:
-        """Change the attributes and constants of a node of a region."""
+        """Change the constants of a node of a region."""
 
     def apply(self, graph: onnx_ir.Graph) -> int:
         """Turn every region that has a Conv; how many there were."""
@@ -63,7 +67,7 @@ class Turn(ABC):
     def _is_member(self, node: onnx_ir.Node) -> bool:
         if len(node.outputs) != 1 or not self._fits(node.outputs[0]):
             return False
-        if match.is_op(node, *SPATIAL):
+        if match.is_op(node, *_SPATIAL):
             return self._fits(node.inputs[0]) and self.takes(node)
         if not match.is_op(node, *_ELEMENTWISE):
             return False
@@ -95,9 +99,22 @@ class Turn(ABC):
                 if value not in turned:
                     turned[value] = self._inward(value, node, editor)
                 node.replace_input_with(position, turned[value])
+            if match.is_op(node, *_SPATIAL):
+                self._turn_attributes(node)
             self.rewrite(node, editor)
         for node in region:
             self._outward(node, inside, editor)
+
+    def _turn_attributes(self, node: onnx_ir.Node) -> None:
+        for name in ("kernel_shape", "strides", "dilations"):
+            values = match.attribute(node, name)
+            if values is not None:
+                node.attributes[name] = onnx_ir.AttrInt64s(name, self.window(values, 1))
+        pads = match.attribute(node, "pads")
+        if pads is not None:
+            half = len(pads) // 2
+            sides = (*self.window(pads[:half], 0), *self.window(pads[half:], 0))
+            node.attributes["pads"] = onnx_ir.AttrInt64s("pads", sides)
 
     def _inward(self, value: onnx_ir.Value, reader: onnx_ir.Node, editor: Editor) -> onnx_ir.Value:
         old = shape_of(value) or ()
