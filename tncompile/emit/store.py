@@ -9,22 +9,20 @@ limit on the size of what it folds, but no kernel that folds float16: such parts
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as onnx
 
-from tncompile.cost.devices import default_profile
-from tncompile.cost.schedule import Schedule, Scheduler
+from tncompile.emit.folds import fold_nodes, scheduled
 from tncompile.emit.graph import Arranged, Weights
-from tncompile.emit.network import lower
-from tncompile.ir import Array, Network, Recipe, Tensor, Term
+from tncompile.ir import Array, Tensor
 
 LOAD_LIMIT = 0.5
 """Seconds that folding may add to the load of a model, unless asked for."""
 
 _FLOPS = 10e9  # ONNX Runtime 1.31 folded at 40 to 110 GFLOP/s on two cores
-_BANDWIDTH = 150e6  # and wrote results at 90 to 270 MB/s where it had to transpose them
+_BANDWIDTH = 150e6  # and wrote results at 90 to 400 MB/s
 _WORTH = 4096  # bytes a fold must save: its own nodes and names take about 1 kB in a file
 
 
@@ -110,11 +108,10 @@ class _Writer:
         recipe, dtype = arranged.core.recipe, str(arranged.core.array().dtype)
         names = dict(zip((i.name for i in arranged.core.indices), recipe.kept, strict=True))
         axes = tuple(tuple(names[n] for n in group) for group in arranged.groups)
-        network = _network(arranged.core.name, recipe, axes, dtype)
-        parts = zip(network.terms[0].tensors, recipe.term.tensors, strict=True)
-        inputs = {operand.name: self._part(part, network.dtype) for operand, part in parts}
-        nodes, result = lower(network, inputs, self.weights, {})
-        if network.dtype != dtype:
+        computed = "float32" if dtype == "float16" else dtype
+        parts = [self._part(part, computed) for part in recipe.term.tensors]
+        nodes, result = fold_nodes(recipe.term, axes, parts, computed, self.weights)
+        if computed != dtype:
             nodes.append(onnx.node("Cast", [result], {"to": onnx.DataType.from_numpy(np.dtype(dtype))}))
             result = nodes[-1].outputs[0]
         self._append(nodes, arranged.core.name)
@@ -142,22 +139,8 @@ class _Writer:
             self.nodes.append(node)
 
 
-def _network(name: str, recipe: Recipe, axes: Sequence[Sequence[object]], dtype: str) -> Network:
-    """The contraction of a recipe as a network of operands, scheduled; float16 is widened to float32."""
-    term, schedule = _scheduled(recipe)
-    output = Tensor("folded", tuple(tuple(axis) for axis in axes))  # type: ignore[arg-type]
-    return Network(name, (replace(term, steps=schedule.steps),), output, "float32" if dtype == "float16" else dtype)
-
-
-def _scheduled(recipe: Recipe) -> tuple[Term, Schedule]:
-    operands = tuple(Tensor(str(p), part.axes) for p, part in enumerate(recipe.term.tensors))
-    term = Term(operands, recipe.term.order)
-    sizes = {name: int(index.size) for name, index in term.indices.items()}
-    return term, Scheduler(term, [recipe.kept], sizes, default_profile(), 4).schedule(term.order)
-
-
 def _seconds(core: Tensor) -> float:
-    """Predicted seconds to fold a core at load, its last transpose included."""
+    """Predicted seconds to fold a core at load."""
     assert core.recipe is not None and core.data is not None
-    schedule = _scheduled(core.recipe)[1]
+    schedule = scheduled(core.recipe.term, core.recipe.kept)
     return schedule.flops / _FLOPS + (schedule.bytes + 4 * core.data.size) / _BANDWIDTH
