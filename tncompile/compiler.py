@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from tncompile import __version__
 from tncompile.cost.devices import ChosenProfile, choose
 from tncompile.cost.profile import DeviceProfile
-from tncompile.emit.file import Store, adopt, write
+from tncompile.emit.file import Store, Written, adopt, write
+from tncompile.emit.microbatch import in_micro_batches
 from tncompile.errors import CheckError, LoadError, TNCompileError, UnsupportedError
 from tncompile.frontend.files.exported import dump_exported
 from tncompile.frontend.importer import import_exported
@@ -166,6 +168,7 @@ def compile_exported(
     folder: Path | None = None,
     max_memory: int | None = None,
     compact: bool = False,
+    micro_batch: bool = True,
     check: bool = True,
     examples: Sequence[Mapping[str, Array]] = (),
     profile: DeviceProfile | str | None = None,
@@ -184,7 +187,8 @@ def compile_exported(
     could not hold them; until it is saved that is kept in `folder` (the system's own place for temporary files where it
     is None). `max_memory`: bytes that the operands and intermediates of a network may take at once, at the
     batch sizes planned for (TNCompileError where that cannot be done). `compact`: nothing is computed at compile time
-    that would make the file larger, at the price of speed. `profile`: of the device to plan for, or as in
+    that would make the file larger, at the price of speed. `micro_batch`: large batches of images are computed a few
+    samples at a time where that gains (see `tncompile.emit.microbatch`). `profile`: of the device to plan for, or as in
     `tncompile.cost.devices.choose`. `device`: ``"cpu"`` or ``"cuda"``. `tune`: seconds to time candidates on this
     machine for, instead of trusting predictions (TNCompileError where ONNX Runtime cannot use the device). `threads`:
     of the sessions that it will run in, 0 for one a core. `check`: run
@@ -209,7 +213,8 @@ def compile_exported(
     program = list(stages.values())[-1]
     watch("passes")
     progress("writing ONNX")
-    file = write(program, traced, store, external_data)
+    parts = partial(in_micro_batches, batches=batches, threads=threads or os.cpu_count() or 1)
+    file = write(program, traced, store, external_data, parts if micro_batch and device == "cpu" else None)
     stored = Stored(file.file, folder)
     watch("emit")
     settled: Settled | None = None
@@ -227,11 +232,11 @@ def compile_exported(
     session: Session | None = None
     if check:
         progress("checking the numbers")
-        result, session = _checked(stored, traced, batches, examples, program)
+        result, session = _checked(stored, traced, batches, examples, _in_every_range(program, file))
         if not result.passed and file.folded is not None:
             file = file.written_out("folding the cores in float32 at load is not as exact as it must be")
             stored = Stored(file.file, folder)
-            result, session = _checked(stored, traced, batches, examples, program)
+            result, session = _checked(stored, traced, batches, examples, _in_every_range(program, file))
         watch("check")
     composed = stages.get("fold", traced.program)  # the last with cores as they were
     context = replace(context, images=images(program))
@@ -254,6 +259,7 @@ def compile_exported(
         device=plan_for.profile.device,
         profile=plan_for.origin,
         settled=settled,
+        micro_batches=file.micro_batches,
         lowered="kept as they are" if isinstance(traced, OnnxModel) else "lowered by torch's exporter",
     )
     if result is not None and not result.passed:
@@ -332,16 +338,18 @@ def _checked(
     traced: ImportedModel,
     batches: Sequence[int],
     examples: Sequence[Mapping[str, Array]],
-    program: Program,
+    also: Sequence[int],
 ) -> tuple[CheckReport, Session | None]:
-    """Check a written model, and the session where that is still open: weights in a file are not kept in memory."""
+    """Check a written model, also at some more batch sizes; and the session where that is still open: weights in a
+    file are not kept in memory.
+    """
     try:
         session = stored.session()
     except LoadError as error:
         if isinstance(traced, OnnxModel) and (own := _why_not(traced)):
             raise CheckError(f"ONNX Runtime does not run this model before it is compiled either: {own}") from error
         raise CheckError(f"what was compiled from it does not run: {error}") from error
-    result = check_session(session, traced, batches, examples, _in_every_range(program))
+    result = check_session(session, traced, batches, examples, also)
     return result, session if session.is_open else None
 
 
@@ -354,10 +362,11 @@ def _why_not(model: OnnxModel) -> str:
     return ""
 
 
-def _in_every_range(program: Program) -> list[int]:
-    """Batch sizes at which every plan of every switch runs once."""
+def _in_every_range(program: Program, file: Written) -> list[int]:
+    """Batch sizes at which every plan of every switch runs once, and the batch whole and in parts."""
     limits = {limit for node in program.nodes if isinstance(node, Switch) for limit in node.limits}
-    return sorted({size for limit in limits for size in (limit, limit + 1)})
+    sizes = {size for limit in limits for size in (limit, limit + 1)}
+    return sorted(sizes | {*(file.micro_batches.sizes if file.micro_batches is not None else ())})
 
 
 def _passes_check(

@@ -127,7 +127,13 @@ def writer(
 
         chosen = DEFAULT if passes is None else parse_passes(passes)
         model = compiler.compile_exported(
-            exported, batch=batches, device=device, passes=chosen, threads=threads, check=False
+            exported,
+            batch=batches,
+            device=device,
+            passes=chosen,
+            threads=threads,
+            micro_batch=passes is None,
+            check=False,
         )
         model.save(path)
 

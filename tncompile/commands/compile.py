@@ -74,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
         "(or the original ONNX file) beside the result; what was timed before is remembered",
     )
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it will run (default cpu)")
+    result.add_argument(
+        "--whole-batch",
+        dest="micro_batch",
+        action="store_false",
+        help="compute the images of a large batch all at once, and not a few at a time where that gains",
+    )
     result.add_argument("--report", metavar="FILE", help="write every decision and its cost as JSON")
     result.add_argument("--no-check", action="store_true", help="do not compare with the model in float64")
     example_option(result)
@@ -133,6 +139,7 @@ def _compiled(options: argparse.Namespace, progress: Progress) -> list[CompiledM
             external_data=options.external_data,
             folder=Path(options.output).parent,
             max_memory=options.max_memory,
+            micro_batch=options.micro_batch,
             device=options.device,
             tune=options.tune,
             threads=options.threads or 0,

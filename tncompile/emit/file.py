@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -10,8 +11,9 @@ import onnx
 import onnx_ir
 
 from tncompile.emit.interface import finish, name_interface
+from tncompile.emit.microbatch import MicroBatches
 from tncompile.emit.onnxfile import OnnxFile, pack, packed_size
-from tncompile.emit.program import to_onnx
+from tncompile.emit.program import lowered, named
 from tncompile.emit.store import LOAD_LIMIT, affordable, foldable, store_as_cores
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
@@ -45,11 +47,13 @@ class Storage:
 
 @dataclass(frozen=True)
 class Written:
-    """A file, and how it holds folded layers. `folded` is the file with all layers written out, if not the same."""
+    """A file, and how it holds folded layers. `folded` is the file with all layers written out, if not the same;
+    `micro_batches` says how large batches are computed in parts, where they are."""
 
     file: OnnxFile
     storage: Storage
     folded: OnnxFile | None = None
+    micro_batches: MicroBatches | None = None
 
     @property
     def data(self) -> bytes:
@@ -60,20 +64,30 @@ class Written:
         """The file with all layers written out; ValueError where it is that already."""
         if self.folded is None:
             raise ValueError("all layers are written out")
-        return Written(self.folded, replace(self.storage, cores=(), seconds=0.0, why=why))
+        storage = replace(self.storage, cores=(), seconds=0.0, why=why)
+        return Written(self.folded, storage, micro_batches=self.micro_batches)
 
 
-def write(program: Program, traced: ImportedModel, store: Store = "auto", external_data: bool = False) -> Written:
+def write(
+    program: Program,
+    traced: ImportedModel,
+    store: Store = "auto",
+    external_data: bool = False,
+    micro_batch: Callable[[onnx_ir.Model], MicroBatches | None] | None = None,
+) -> Written:
     """The ONNX file of a scheduled program.
 
     `store`: ``"folded"`` writes folded layers out, ``"cores"`` keeps what they were made of wherever that is smaller,
     ``"auto"`` does so as far as it adds no more than `LOAD_LIMIT` seconds to the load. `external_data`: weights go to
-    a file of their own even where one file could hold them. VerificationError for a file that is not valid ONNX,
+    a file of their own even where one file could hold them. `micro_batch` may have large batches
+    computed in parts. VerificationError for a file that is not valid ONNX,
     TNCompileError for another `store`.
     """
     if store not in get_args(Store):
         raise TNCompileError(f"store is {', '.join(get_args(Store))}; not {store!r}")
-    model = to_onnx(program, traced)
+    model = lowered(program, traced)
+    parts = micro_batch(model) if micro_batch is not None else None
+    model = named(model, program, traced)
     strict = not isinstance(traced, OnnxModel)  # a stranger's shapes need not be those that onnx infers
     folded = file = pack(model, external_data, strict)
     found = foldable(model)
@@ -94,7 +108,7 @@ def write(program: Program, traced: ImportedModel, store: Store = "auto", extern
         math.fsum(c.seconds for c in found),
         _why(store, len(found), len(chosen)),
     )
-    return Written(file, storage, folded if chosen else None)
+    return Written(file, storage, folded if chosen else None, parts)
 
 
 def adopt(exported: bytes, traced: ImportedModel) -> Written:

@@ -32,6 +32,11 @@ def to_onnx(program: Program, traced: ImportedModel) -> onnx_ir.Model:
     Only operators that every onnxruntime has, or that an ONNX model came with; UnsupportedError, with the operator and
     the user's line, where torch's exporter has no translation.
     """
+    return named(lowered(program, traced), program, traced)
+
+
+def lowered(program: Program, traced: ImportedModel) -> onnx_ir.Model:
+    """The nodes of a program, under names of their own."""
     if isinstance(traced, OnnxModel):
         model = rebuild(program, traced)
     elif not any(isinstance(node, Opaque) for node in program.nodes):
@@ -41,6 +46,11 @@ def to_onnx(program: Program, traced: ImportedModel) -> onnx_ir.Model:
         model = export(program, traced)
     _lower_networks(model, program)
     fuse(model)
+    return model
+
+
+def named(model: onnx_ir.Model, program: Program, traced: ImportedModel) -> onnx_ir.Model:
+    """The same with the traced model's names and the program's text; edits the model."""
     name_interface(model, program, traced)
     return finish(model, program, traced)
 

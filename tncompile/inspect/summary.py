@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tncompile.emit.file import Storage
+from tncompile.emit.microbatch import MicroBatches
 from tncompile.ir import Array, Network, Opaque, Program, Switch, Tensor, dims, networks_of
 from tncompile.passes.base import Context, PassReport
 from tncompile.passes.limit import peaks
@@ -80,6 +81,7 @@ class Report:
     version: str = field(default="")
     device: str = ""
     settled: Settled | None = None
+    micro_batches: MicroBatches | None = None
     profile: str = ""
     lowered: str = "lowered by torch's exporter"
 
@@ -124,6 +126,8 @@ class Report:
             parts.append(Text(f"check {'passed' if self.check.passed else 'FAILED'}, against float64 at {runs}"))
             parts += [Text(f"  {output}") for output in self.check.outputs]
             parts += [Text(f"  {self.check.note}")] * bool(self.check.note)
+        if self.micro_batches:
+            parts.append(Text(str(self.micro_batches)))
         if self.settled:
             parts.append(Text(str(self.settled)))
         if self.profile:

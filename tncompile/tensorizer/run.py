@@ -100,7 +100,8 @@ class Search:
         self.bits = tuple(b for b in BITS if b in bits)
         self.loaded, self.calibration, self.model, self.progress = loaded, calibration, model, progress
         compact = budget.prefer != "speed" or budget.max_size is not None
-        self.compiling = {**compiling, "compact": compact, "threads": threads}
+        # whole batches throughout: what quantizes reads no micro-batches
+        self.compiling = {**compiling, "compact": compact, "threads": threads, "micro_batch": False}
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.temporary: list[Path] = []

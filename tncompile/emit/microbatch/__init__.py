@@ -1,0 +1,88 @@
+"""A large batch computed a few samples at a time, where the arrays between convolutions would not fit in the cache.
+
+    y = region(x)            x: [batch, ...]
+->
+    If batch <= limit: y = region(x)
+    else:              y = Scan over Reshape(x, [batch / k, k, ...]): region of k samples
+
+A region is what leads from the model's inputs to its last convolutions and pools, as far as each sample is computed by
+itself. What lies between its nodes then takes the memory of k samples, whatever the batch is, and is still in the cache
+when it is read. `k` is the largest power of two up to a limit that divides the batch. Where what comes out is large,
+`k` is 1 and no Reshape is needed outside, which would copy it where it is the model's output.
+
+Measured in ONNX Runtime 1.31: a Scan gives slices of its input and of its output to its body without copying them, and
+takes 5 to 10 microseconds a slice. Its kernels for blocks of channels want weights in the same graph: each body begins
+with a Reshape of every weight to its own shape, which is folded at load. So the file holds a weight once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir
+from onnx_ir.passes import common as onnx_passes
+
+from tncompile.emit.fuse.match import shape_of
+from tncompile.emit.microbatch.region import Region, find_region
+from tncompile.emit.microbatch.write import write_choice
+from tncompile.frontend.trace import silence
+
+CACHE = 28 << 20
+"""Bytes that the arrays around one node of a region take before it is computed in parts."""
+
+_SLICE = 2 << 20  # bytes around one node in a slice
+_LEAST_US = 30.0  # of work in a slice, next to which what a Scan takes for each is little
+_ENOUGH_US = 150.0  # from which on larger slices gain nothing, for each thread
+_SHOWN = 0.2  # of the bytes around one node: what comes out of a region is large
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Batches of more than `limit` samples are computed up to `most` at a time; the largest node of that part reads and
+    writes `bytes` a sample."""
+
+    limit: int
+    most: int
+    bytes: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Batch sizes at which every way to compute is taken once."""
+        return tuple(dict.fromkeys((self.limit, self.limit + 1, self.most * (self.limit // self.most + 1))))
+
+    def __str__(self) -> str:
+        size = f"{self.bytes * self.most / 1e6:.2g} MB"
+        return f"beyond batch {self.limit}, images are computed up to {self.most} at a time, {size} around a layer"
+
+
+def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int) -> MicroBatches | None:
+    """Compute the images of a model in micro-batches, where the largest of some batches gains; edits the model.
+
+    `threads`: of the sessions it will run in.
+    """
+    first = shape_of(model.graph.inputs[0]) if model.graph.inputs else None
+    if not first or not isinstance(first[0], str):
+        return None
+    with silence("onnx_ir"):
+        onnx_passes.ShapeInferencePass()(model)
+    region = find_region(model.graph, first[0])
+    if region is None or region.bytes * max(batches) < CACHE:
+        return None
+    chosen = _sizes(region, threads)
+    if chosen is None:
+        return None
+    write_choice(model.graph, region, chosen.limit, chosen.most)
+    return chosen
+
+
+def _sizes(region: Region, threads: int) -> MicroBatches | None:
+    """As many samples as make a slice worth its Scan and still fit in the cache; one where what comes out is large."""
+    most = 1
+    if region.shown <= _SHOWN * region.bytes:
+        most = 2
+        while most * region.microseconds < _ENOUGH_US * threads and 2 * most * region.bytes <= _SLICE:
+            most *= 2
+    if most * region.microseconds < _LEAST_US:
+        return None
+    return MicroBatches(max(most, _SLICE // region.bytes), most, region.bytes)

@@ -1,0 +1,94 @@
+"""The part of a graph that is computed in micro-batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx_ir
+
+from tncompile.emit.fuse.match import constant_shape, is_op, shape_of
+from tncompile.emit.microbatch.samples import Samples
+
+_WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
+_MATRICES = ("Gemm", "MatMul")
+_RATE = 150e3  # multiplications and additions in a microsecond: the order of one core's
+_BANDWIDTH = 8e3  # bytes in a microsecond
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes in order, what they read of the batch, and what others read of theirs.
+
+    For one sample: `bytes` are the most that the arrays around one node take, `shown` those of outputs of the model,
+    `microseconds` the order of the time for all of it on one core.
+    """
+
+    nodes: tuple[onnx_ir.Node, ...]
+    inputs: tuple[onnx_ir.Value, ...]
+    outputs: tuple[onnx_ir.Value, ...]
+    batch: str
+    bytes: int
+    shown: int
+    microseconds: float
+
+
+def find_region(graph: onnx_ir.Graph, batch: str) -> Region | None:
+    """What leads to the last convolutions and pools of a graph, and reads nothing that is not the same for all samples.
+
+    Behind those it goes on as long as arrays get no larger and no matrix is multiplied: whole batches are better there.
+    """
+    samples = Samples(graph, batch)
+    leading: set[onnx_ir.Node] = set()
+    for node in reversed(list(graph)):
+        readers = {use.node for output in node.outputs for use in output.uses()}
+        if node in samples.nodes and (is_op(node, *_WINDOWS) or readers & leading):
+            leading.add(node)
+    for node in graph:
+        read = {value for value in node.inputs if value is not None and value in samples.values}
+        if node in samples.nodes and all(value.producer() in leading for value in read):
+            shrinks = sum(map(samples.size, node.outputs)) <= sum(map(samples.size, read))
+            if shrinks and not is_op(node, *_MATRICES):
+                leading.add(node)
+    nodes = _whole_samples([node for node in graph if node in leading], samples)
+    leading = {*nodes}
+    if not any(is_op(node, "Conv", "ConvTranspose") for node in nodes):
+        return None
+    reads = dict.fromkeys(v for node in nodes for v in node.inputs if v is not None and v in samples.values)
+    inputs = tuple(v for v in reads if v.producer() not in leading)
+    made = [value for node in nodes for value in node.outputs]
+    outputs = tuple(v for v in made if v.is_graph_output() or any(use.node not in leading for use in v.uses()))
+    around = [
+        sum(samples.size(v) for v in (*node.inputs, *node.outputs) if v is not None and v in samples.values)
+        for node in nodes
+    ]
+    return Region(
+        nodes,
+        inputs,
+        outputs,
+        batch,
+        max(around),
+        sum(samples.size(value) for value in outputs if value.is_graph_output()),
+        sum(_products(node) / _RATE for node in nodes) + sum(around) / _BANDWIDTH,
+    )
+
+
+def _whole_samples(nodes: list[onnx_ir.Node], samples: Samples) -> tuple[onnx_ir.Node, ...]:
+    """Without the last ones, where what they give to others does not have one entry for each sample."""
+    kept: set[onnx_ir.Node] = {*nodes}
+    for node in reversed(nodes):
+        for value in node.outputs:
+            inside = all(use.node in kept for use in value.uses()) and not value.is_graph_output()
+            if not inside and samples.entry(value) != 1:
+                kept.discard(node)
+    return tuple(node for node in nodes if node in kept)
+
+
+def _products(node: onnx_ir.Node) -> float:
+    """Multiplications and additions for one sample, about."""
+    weight, result = constant_shape(node.inputs[1]) if len(node.inputs) > 1 else None, shape_of(node.outputs[0])
+    if weight is None or result is None or not is_op(node, "Conv", "ConvTranspose", *_MATRICES):
+        return 0.0
+    elements = math.prod(int(size) for size in result[1:])
+    kept = weight[1] if is_op(node, "ConvTranspose", *_MATRICES) else weight[0]
+    return 2.0 * elements * math.prod(weight) / max(kept, 1)
