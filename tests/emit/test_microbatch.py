@@ -56,7 +56,8 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the cache were so small, and work so cheap, that even small models gain."""
     monkeypatch.setattr(microbatch, "CACHE", 1 << 12)
     monkeypatch.setattr(microbatch, "_SLICE", 1 << 18)
-    monkeypatch.setattr(microbatch, "_LEAST_US", 0.0)
+    monkeypatch.setattr(microbatch, "_FEW", 1 << 18)
+    monkeypatch.setattr(microbatch, "_COST", np.inf)
 
 
 def bodies(data: bytes) -> dict[str, onnx.GraphProto]:

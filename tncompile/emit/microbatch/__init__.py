@@ -11,8 +11,9 @@ when it is read. `k` is the largest power of two up to a limit that divides the 
 `k` is 1 and no Reshape is needed outside, which would copy it where it is the model's output.
 
 Measured in ONNX Runtime 1.31: a Scan gives slices of its input and of its output to its body without copying them, and
-takes 5 to 10 microseconds a slice. Its kernels for blocks of channels want weights in the same graph: each body begins
-with a Reshape of every weight to its own shape, which is folded at load. So the file holds a weight once.
+takes some 5 microseconds a slice, and 1 or 2 for each node in it; the If takes 2 or 3. Kernels for blocks of channels
+want weights in the same graph: each body begins with a Reshape of every weight to its own shape, which is folded at
+load. So the file holds a weight once.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from tncompile.emit.microbatch.write import write_choice
 from tncompile.frontend.trace import silence
 
 CACHE = 28 << 20
-"""Bytes that the arrays around one node of a region take before it is computed in parts."""
+"""Bytes that the arrays around one node of a region take before it is computed in parts: more than caches hold."""
 
+_FEW = 8 << 20  # bytes around one node up to which a batch is computed whole
 _SLICE = 2 << 20  # bytes around one node in a slice
-_LEAST_US = 30.0  # of work in a slice, next to which what a Scan takes for each is little
-_ENOUGH_US = 150.0  # from which on larger slices gain nothing, for each thread
 _SHOWN = 0.2  # of the bytes around one node: what comes out of a region is large
+_SMALL_COST, _COST = 0.05, 0.3  # of the work in a slice: what a Scan may take for it, if it can be, and at most
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class MicroBatches:
         return tuple(dict.fromkeys((self.limit, self.limit + 1, self.most * (self.limit // self.most + 1))))
 
     def __str__(self) -> str:
-        size = f"{self.bytes * self.most / 1e6:.2g} MB"
-        return f"beyond batch {self.limit}, images are computed up to {self.most} at a time, {size} around a layer"
+        count = "one" if self.most == 1 else f"up to {self.most}"
+        return f"beyond batch {self.limit}, images are computed {count} at a time ({self.bytes / 1e6:.2g} MB each)"
 
 
 def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int) -> MicroBatches | None:
@@ -78,11 +79,12 @@ def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int)
 
 def _sizes(region: Region, threads: int) -> MicroBatches | None:
     """As many samples as make a slice worth its Scan and still fit in the cache; one where what comes out is large."""
+    cost = (5.0 + 1.5 * len(region.nodes)) * threads  # microseconds a slice
     most = 1
     if region.shown <= _SHOWN * region.bytes:
         most = 2
-        while most * region.microseconds < _ENOUGH_US * threads and 2 * most * region.bytes <= _SLICE:
+        while cost > _SMALL_COST * most * region.microseconds and 2 * most * region.bytes <= _SLICE:
             most *= 2
-    if most * region.microseconds < _LEAST_US:
+    if cost > _COST * most * region.microseconds:
         return None
-    return MicroBatches(max(most, _SLICE // region.bytes), most, region.bytes)
+    return MicroBatches(max(most, _FEW // region.bytes), most, region.bytes)

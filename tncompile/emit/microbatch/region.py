@@ -12,8 +12,8 @@ from tncompile.emit.microbatch.samples import Samples
 
 _WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 _MATRICES = ("Gemm", "MatMul")
-_RATE = 150e3  # multiplications and additions in a microsecond: the order of one core's
-_BANDWIDTH = 8e3  # bytes in a microsecond
+_RATE = 100e3  # multiplications and additions in a microsecond: the order of one core's
+_BANDWIDTH = 24e3  # bytes in a microsecond, from a cache
 
 
 @dataclass(frozen=True)
