@@ -1,9 +1,10 @@
-"""The last word of `--tune`: the compiled model against torch's own export of the same model, as whole models."""
+"""The last word of `--tune`: the compiled model against torch's own export of the same model, and in micro-batches
+against whole batches, as whole models."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
+from tncompile.ir import Array
 from tncompile.runtime import rivals
 from tncompile.runtime.device import providers
 from tncompile.runtime.inputs import random_inputs
@@ -69,10 +71,8 @@ def settle(
 ) -> Settled:
     """Race the two files at each batch size, for so many seconds in all, on so many threads (0: one a core)."""
     rival = "the original file" if isinstance(traced, OnnxModel) else "torch.onnx.export"
-    generator = np.random.default_rng(0)
-    symbolic = "batch" in traced.sizes
-    sizes = tuple(batches) if symbolic else (traced.sizes.get("batch", 1),)
-    feeds = [random_inputs(traced, {**traced.sizes, "batch": size}, generator) for size in sizes]
+    sizes = tuple(batches) if "batch" in traced.sizes else (traced.sizes.get("batch", 1),)
+    feeds = _feeds(traced, sizes)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "exporter.onnx")
         try:
@@ -84,15 +84,45 @@ def settle(
             tried = probe(path, arrays, _LIMITS, device=device)
             if tried.ms is None:
                 return Settled((), (), (), f"{tried.note} at batch {size}", rival=rival)
-        mine, theirs = (Session(file, providers(device), threads=threads) for file in (ours, path))
-        times = []
-        for arrays in feeds:
-            calls = {"ours": mine.bound(mine.feeds(arrays)), "exporter": theirs.bound(theirs.feeds(arrays))}
-            raced = race(calls, budget_s=seconds / len(feeds))
-            times.append((raced.median("ours"), raced.median("exporter")))
+        times = _raced((ours, path), feeds, seconds, device, threads)
         first, second = zip(*times, strict=True)
         # taken only where it wins at some batch size and loses at none
         gain = max(a / b for a, b in times)
         loss = max(b / a for a, b in times)
         taken = path.read_bytes() if gain > MARGIN >= loss else None
         return Settled(sizes, first, second, exported=taken, rival=rival)
+
+
+def whole_is_faster(
+    whole: bytes | Path,
+    parts: bytes | Path,
+    traced: ImportedModel,
+    batches: Sequence[int],
+    seconds: float,
+    threads: int = 0,
+) -> bool:
+    """Whether a model that computes whole batches is faster than the same in micro-batches at some of these sizes."""
+    times = _raced((whole, parts), _feeds(traced, batches), seconds, "cpu", threads)
+    return any(MARGIN * mine < others for mine, others in times)
+
+
+def _feeds(traced: ImportedModel, sizes: Sequence[int]) -> list[dict[str, Array]]:
+    generator = np.random.default_rng(0)
+    return [random_inputs(traced, {**traced.sizes, "batch": size}, generator) for size in sizes]
+
+
+def _raced(
+    files: tuple[bytes | Path, bytes | Path],
+    feeds: Sequence[Mapping[str, Array]],
+    seconds: float,
+    device: str,
+    threads: int,
+) -> list[tuple[float, float]]:
+    """Milliseconds of two files on each of some inputs, in turns."""
+    first, second = (Session(file, providers(device), threads=threads) for file in files)
+    times = []
+    for arrays in feeds:
+        calls = {"first": first.bound(first.feeds(arrays)), "second": second.bound(second.feeds(arrays))}
+        raced = race(calls, budget_s=seconds / len(feeds))
+        times.append((raced.median("first"), raced.median("second")))
+    return times

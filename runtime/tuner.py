@@ -156,14 +156,17 @@ def canonical(network: Network) -> object:
     def axes(tensor: Tensor) -> object:
         return tuple(tuple(map(of, axis)) for axis in tensor.axes)
 
+    output = axes(network.output)
     terms = [
         (
             [(t.is_core, axes(t)) for t in term.tensors],
+            [window.form(number) for window in term.windows],
             [(s.left, s.right, s.form, [number[i] for i in s.order]) for s in term.steps or ()],
+            [(number[part.index], part.count) for part in term.slices],
         )
         for term in network.terms
     ]
-    return terms, axes(network.output), network.dtype
+    return terms, output, network.dtype
 
 
 class TimeStore:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import apply_pass
+from tests.helpers import apply_pass, program_of
 from tests.passes.test_order import tt_matrix
 from tncompile.ir import Network, Program, Step, Switch
 from tncompile.ir import text as ir_text
@@ -241,6 +241,31 @@ def test_the_names_and_numbers_of_a_network_do_not_matter_but_its_sizes_do(races
     assert asked(renamed, "z", 1, 9) == (True, True)  # a new batch size
     assert asked(renamed, None, 1, 8) == (False, True)  # something reads the value
     assert asked(tt_matrix((24, 24), (24, 24), 4), "y0", 1, 8) == (False, True)  # another rank
+
+
+CONVOLUTION = """\
+program
+  input x: float32[batch, 16, 900]
+  network y: float32[batch, 16, {out}]
+    indices b=batch, c=16, i=900, k=3, h={out}, o=16
+    term
+      0 operand x[b, c, i]
+      1 core w[o, c, k]
+      window i, k -> h, stride={stride}, dilation=1, padding={padding}
+    -> y[b, o, h]
+  output out = y
+"""
+
+
+def test_convolutions_that_differ_in_their_windows_are_told_apart() -> None:
+    forms = []
+    for out, stride, padding in ((900, 1, "1 1"), (900, 1, "2 0"), (450, 2, "1 1")):
+        text = CONVOLUTION.format(out=out, stride=stride, padding=padding)
+        program, _ = Order().run(program_of(text), Context())
+        (network,) = program.nodes
+        assert isinstance(network, Network)
+        forms.append(tuner_module.canonical(network))
+    assert len({repr(form) for form in forms}) == 3
 
 
 def test_times_that_could_not_be_taken_are_not_stored(races: Races, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from tncompile.runtime.check import check
 from tncompile.runtime.device import DEVICES
 from tncompile.runtime.files import check_writable, write_file
 from tncompile.runtime.session import Session
-from tncompile.runtime.settle import Settled, settle
+from tncompile.runtime.settle import Settled, settle, whole_is_faster
 from tncompile.runtime.stored import Stored
 from tncompile.runtime.tuner import Tuner
 
@@ -217,6 +217,13 @@ def compile_exported(
     file = write(program, traced, store, external_data, parts if micro_batch and device == "cpu" else None)
     stored = Stored(file.file, folder)
     watch("emit")
+    if tune is not None and (beyond := _beyond(file, batches)):
+        progress("timing micro-batches against whole batches")
+        whole = write(program, traced, store, external_data)
+        kept = Stored(whole.file, folder)
+        if whole_is_faster(kept.source, stored.source, traced, beyond, tune / 8, threads):
+            file, stored = whole, kept
+        watch("race")
     settled: Settled | None = None
     if tune is not None and max_memory is None:  # the exporter's file keeps to no limit
         progress("timing it against what there is without it")
@@ -360,6 +367,11 @@ def _why_not(model: OnnxModel) -> str:
     except TNCompileError as error:
         return str(error)
     return ""
+
+
+def _beyond(file: Written, batches: Sequence[int]) -> list[int]:
+    """The batch sizes that are computed in micro-batches."""
+    return [size for size in batches if file.micro_batches is not None and size > file.micro_batches.limit]
 
 
 def _in_every_range(program: Program, file: Written) -> list[int]:

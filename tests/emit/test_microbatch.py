@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +17,12 @@ from torch import nn
 
 import tncompile
 from tests.helpers import assert_plain, nodes_of, session_of
+from tncompile import compiler
 from tncompile.emit import microbatch
 from tncompile.emit.microbatch.region import find_region
 from tncompile.emit.microbatch.samples import Samples
 from tncompile.emit.microbatch.write import write_choice
+from tncompile.runtime import settle
 
 
 class Net(nn.Module):
@@ -126,9 +129,32 @@ def test_a_small_model_is_left_alone() -> None:
 
 
 @pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize("faster", [True, False])
+def test_with_tune_it_is_raced(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    raced: list[list[int]] = []
+
+    def whole_is_faster(whole: bytes, parts: bytes, *rest: Any) -> bool:
+        assert settle.whole_is_faster(whole, parts, *rest) in (True, False)
+        assert not bodies(whole) and bodies(parts)
+        raced.append(rest[1])
+        return faster
+
+    monkeypatch.setattr(compiler, "whole_is_faster", whole_is_faster)
+    compiled = tncompile.compile(Net().eval(), (torch.randn(2, 3, 16, 16),), batch=(1, 64), tune=0.2)
+    assert raced == [[64]]
+    assert (compiled.report.micro_batches is None) == faster == (not bodies(compiled.onnx))
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_weights_that_outweigh_images_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbatch, "_TWICE", 1000)
+    assert not bodies(tncompile.compile(Net().eval(), (torch.randn(2, 3, 16, 16),), batch=(1, 64)).onnx)
+
+
+@pytest.mark.usefixtures("small_cache")
 def test_a_fixed_batch_is_left_alone() -> None:
     exported = torch.export.export(Net().eval(), (torch.randn(64, 3, 16, 16),))
-    compiled = tncompile.compiler.compile_exported(exported)
+    compiled = compiler.compile_exported(exported)
     assert not bodies(compiled.onnx)
 
 
@@ -236,7 +262,7 @@ def test_any_net_in_parts(most: int, net: tuple[nn.Module, tuple[int, int]], bat
             seen.append(len(region.nodes))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tncompile.compiler, "in_micro_batches", parts)
+        patch.setattr(compiler, "in_micro_batches", parts)
         compiled = tncompile.compile(module, (torch.randn(2, channels, size, size),), check=False)
     assume(seen)  # not all written as products of matrices
     assert "body" in bodies(compiled.onnx)

@@ -13,7 +13,7 @@ when it is read. `k` is the largest power of two up to a limit that divides the 
 Measured in ONNX Runtime 1.31: a Scan gives slices of its input and of its output to its body without copying them, and
 takes some 5 microseconds a slice, and 1 or 2 for each node in it; the If takes 2 or 3. Kernels for blocks of channels
 want weights in the same graph: each body begins with a Reshape of every weight to its own shape, which is folded at
-load. So the file holds a weight once.
+load. So the file holds a weight once, the session twice.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from tncompile.frontend.trace import silence
 
 CACHE = 28 << 20
 """Bytes that the arrays around one node of a region take before it is computed in parts: more than caches hold."""
+
+_TWICE = 2
+"""Times what both branches have for themselves when they run: their weights, for the order that their kernels want."""
 
 _FEW = 8 << 20  # bytes around one node up to which a batch is computed whole
 _SLICE = 2 << 20  # bytes around one node in a slice
@@ -68,7 +71,7 @@ def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int)
     with silence("onnx_ir"):
         onnx_passes.ShapeInferencePass()(model)
     region = find_region(model.graph, first[0])
-    if region is None or region.bytes * max(batches) < CACHE:
+    if region is None or region.bytes * max(batches) < max(CACHE, _TWICE * region.weights):
         return None
     chosen = _sizes(region, threads)
     if chosen is None:

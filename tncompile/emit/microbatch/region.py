@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir
@@ -21,13 +22,14 @@ class Region:
     """Nodes in order, what they read of the batch, and what others read of theirs.
 
     For one sample: `bytes` are the most that the arrays around one node take, `shown` those of outputs of the model,
-    `microseconds` the order of the time for all of it on one core.
+    `microseconds` the order of the time for all of it on one core. `weights`: bytes of all it reads that is constant.
     """
 
     nodes: tuple[onnx_ir.Node, ...]
     inputs: tuple[onnx_ir.Value, ...]
     outputs: tuple[onnx_ir.Value, ...]
     batch: str
+    weights: int
     bytes: int
     shown: int
     microseconds: float
@@ -67,10 +69,16 @@ def find_region(graph: onnx_ir.Graph, batch: str) -> Region | None:
         inputs,
         outputs,
         batch,
+        _weights(nodes),
         max(around),
         sum(samples.size(value) for value in outputs if value.is_graph_output()),
         sum(_products(node) / _RATE for node in nodes) + sum(around) / _BANDWIDTH,
     )
+
+
+def _weights(nodes: Iterable[onnx_ir.Node]) -> int:
+    constants = {value for node in nodes for value in node.inputs if value is not None and constant_shape(value)}
+    return sum(value.const_value.nbytes for value in constants if value.const_value is not None)
 
 
 def _whole_samples(nodes: list[onnx_ir.Node], samples: Samples) -> tuple[onnx_ir.Node, ...]:
