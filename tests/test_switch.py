@@ -17,6 +17,7 @@ from tests.helpers import (
     assert_close,
     assert_exact,
     assert_plain,
+    evaluate_program,
     feeds_for,
     nodes_of,
     program_of,
@@ -208,6 +209,36 @@ def test_weights_stand_in_the_outer_graph_once() -> None:
     assert len({*contents}) == len(contents)
     # each order has its arrangement of the two cores, which the first and the third case share, and the dense one
     assert sorted(a.size for a in arrays if a.dtype == np.float32 and a.size > 30) == [60, 60, 108, 108, 720]
+
+
+def test_convolutions_in_branches_run_in_blocks_of_channels(tmp_path: Path) -> None:
+    """Both read one kernel of the main graph, of which each branch has its own for the order that its Conv wants."""
+    case = """\
+    network y: float32[batch, 16, 12, 12]
+      indices b=batch, c=16, i=12, j=12, k=3, l=3, h=12, w=12, o=16
+      term
+        0 operand x[b, c, i, j]
+        1 core kernel[o, c, k, l]
+        window i, k -> h, stride=1, dilation=1, padding=1 1
+        window j, l -> w, stride=1, dilation=1, padding=1 1
+        order (0 1)
+        steps
+          2 = convolve(0, 1) -> [b, o, h, w]
+      -> y[b, o, h, w]
+"""
+    text = f"program\n  input x: float32[batch, 16, 12, 12]\n  switch batch <= 2\n{case}{case}  output y = y\n"
+    program = program_of(text)
+    model = emitted(program)
+    assert sum(list(i.dims) == [16, 16, 3, 3] for i in model.graph.initializer) == 1
+    assert not any(inner.initializer for inner in graphs(model.graph))
+    run = [node for inner in graphs(optimized(model.SerializeToString(), tmp_path).graph) for node in inner.node]
+    assert [n.domain for n in run if n.op_type == "Conv"] == ["com.microsoft.nchwc"] * 2
+    assert "Reshape" not in [n.op_type for n in run]
+    for batch in (2, 3):
+        feeds = feeds_for(program, {"batch": batch})
+        expected = evaluate_program(program, feeds, {"batch": batch})["y"]
+        (found,) = session_of(model.SerializeToString()).run(None, feeds)
+        assert_close(found, expected, tolerance=1e-5)
 
 
 def unfolded(model: onnx.ModelProto) -> list[str]:

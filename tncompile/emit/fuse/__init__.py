@@ -11,6 +11,7 @@ from onnx_ir.passes import common as onnx_passes
 
 from tncompile.emit.fuse.activation import prelu_of_images, softmax_of_images
 from tncompile.emit.fuse.attention import fuse_attention
+from tncompile.emit.fuse.branches import weights_into_branches
 from tncompile.emit.fuse.long_axis import long_axis_last
 from tncompile.emit.fuse.reshapes import reshapes_around_elementwise
 from tncompile.emit.fuse.sequences import sequences_as_images
@@ -24,6 +25,7 @@ RULES = (
     prelu_of_images,
     long_axis_last,
     sequences_as_images,
+    weights_into_branches,
     reshapes_around_elementwise,  # last: the other rules know these patterns with their Reshapes
 )
 

@@ -11,9 +11,8 @@ when it is read. `k` is the largest power of two up to a limit that divides the 
 `k` is 1 and no Reshape is needed outside, which would copy it where it is the model's output.
 
 Measured in ONNX Runtime 1.31: a Scan gives slices of its input and of its output to its body without copying them, and
-takes some 5 microseconds a slice, and 1 or 2 for each node in it; the If takes 2 or 3. Kernels for blocks of channels
-want weights in the same graph: each body begins with a Reshape of every weight to its own shape, which is folded at
-load. So the file holds a weight once, the session twice.
+takes some 5 microseconds a slice, and 1 or 2 for each node in it; the If takes 2 or 3. The file holds a weight once,
+the session twice (see `weights_into_branches`).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 import onnx_ir
 from onnx_ir.passes import common as onnx_passes
 
+from tncompile.emit.fuse.branches import weights_into_branches
 from tncompile.emit.fuse.match import shape_of
 from tncompile.emit.microbatch.region import Region, find_region
 from tncompile.emit.microbatch.write import write_choice
@@ -77,6 +77,7 @@ def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int)
     if chosen is None:
         return None
     write_choice(model.graph, region, chosen.limit, chosen.most)
+    weights_into_branches(model.graph)
     return chosen
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from tncompile.emit.fuse.match import Dims, Editor, constant_shape, replace, shape_of
+from tncompile.emit.fuse.match import Dims, Editor, replace, shape_of
 from tncompile.emit.microbatch.region import Region
 
 Value = onnx_ir.Value
 
-_FLOATS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.DOUBLE)
 _SAMPLES = "micro_batch"
 
 
@@ -121,17 +120,10 @@ class _Region:
 
     def _copy(self, write: _Nodes, given: Mapping[Value, Value], tag: str) -> dict[Value, Value]:
         """The nodes once more, reading `given` for their inputs, and their copies of the region's outputs."""
-        made, local = dict(given), dict[Value, Value]()
+        made = dict(given)
         copies: list[onnx_ir.Node] = []
         for node in self.region.nodes:
-            inputs: list[Value | None] = []
-            for value in node.inputs:
-                shape = constant_shape(value)
-                if value is not None and shape and value.dtype in _FLOATS:
-                    if value not in local:
-                        local[value] = write.reshape(value, shape)
-                    value = local[value]
-                inputs.append(made.get(value, value) if value is not None else None)
+            inputs = [None if value is None else made.get(value, value) for value in node.inputs]
             attributes = list(node.attributes.values())
             name = self.editor.name(f"{node.name}/{tag}")
             copy = onnx_ir.Node(
