@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tncompile import __version__
-from tncompile.cost.devices import ChosenProfile, choose
+from tncompile.cost.devices import ChosenProfile, choose, cores
 from tncompile.cost.profile import DeviceProfile
 from tncompile.emit.file import Store, Written, adopt, write
 from tncompile.emit.microbatch import in_micro_batches
@@ -28,13 +28,14 @@ from tncompile.frontend.model import ImportedModel, LoadedModel
 from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.trace import trace
 from tncompile.inspect.summary import Report, summarize
-from tncompile.ir import Array, Opaque, Program, Switch
+from tncompile.ir import Array, Opaque, Program
 from tncompile.passes import DEFAULT, Context, Pass, PassReport, Pipeline
 from tncompile.passes.images import images
 from tncompile.runtime.accuracy import CheckReport
 from tncompile.runtime.check import check
 from tncompile.runtime.device import DEVICES
 from tncompile.runtime.files import check_writable, write_file
+from tncompile.runtime.inputs import sizes_to_check
 from tncompile.runtime.session import Session
 from tncompile.runtime.settle import Settled, settle, whole_is_faster
 from tncompile.runtime.stored import Stored
@@ -213,7 +214,8 @@ def compile_exported(
     program = list(stages.values())[-1]
     watch("passes")
     progress("writing ONNX")
-    parts = partial(in_micro_batches, batches=batches, threads=threads or os.cpu_count() or 1)
+    served = [sizes["batch"] for sizes in sizes_to_check(traced, batches) if "batch" in sizes]
+    parts = partial(in_micro_batches, batches=served, threads=threads or cores())
     file = write(program, traced, store, external_data, parts if micro_batch and device == "cpu" else None)
     stored = Stored(file.file, folder)
     watch("emit")
@@ -239,11 +241,11 @@ def compile_exported(
     session: Session | None = None
     if check:
         progress("checking the numbers")
-        result, session = _checked(stored, traced, batches, examples, _in_every_range(program, file))
+        result, session = _checked(stored, traced, batches, examples, file.sizes)
         if not result.passed and file.folded is not None:
             file = file.written_out("folding the cores in float32 at load is not as exact as it must be")
             stored = Stored(file.file, folder)
-            result, session = _checked(stored, traced, batches, examples, _in_every_range(program, file))
+            result, session = _checked(stored, traced, batches, examples, file.sizes)
         watch("check")
     composed = stages.get("fold", traced.program)  # the last with cores as they were
     context = replace(context, images=images(program))
@@ -372,13 +374,6 @@ def _why_not(model: OnnxModel) -> str:
 def _beyond(file: Written, batches: Sequence[int]) -> list[int]:
     """The batch sizes that are computed in micro-batches."""
     return [size for size in batches if file.micro_batches is not None and size > file.micro_batches.limit]
-
-
-def _in_every_range(program: Program, file: Written) -> list[int]:
-    """Batch sizes at which every plan of every switch runs once, and the batch whole and in parts."""
-    limits = {limit for node in program.nodes if isinstance(node, Switch) for limit in node.limits}
-    sizes = {size for limit in limits for size in (limit, limit + 1)}
-    return sorted(sizes | {*(file.micro_batches.sizes if file.micro_batches is not None else ())})
 
 
 def _passes_check(

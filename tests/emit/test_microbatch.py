@@ -41,6 +41,20 @@ class Net(nn.Module):
         return self.head(self.body(x))
 
 
+class Frames(nn.Module):
+    """Frames of each sample beside one another, of which some results are for frames and one mixes samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = torch.relu(self.first(x).reshape(-1, 16, 8, 8))  # four frames of 8 x 8 from an image of 16 x 16
+        w = self.second(z).reshape(-1, 32, 8, 8)
+        return torch.relu(w).mean((2, 3)), z.mean(0), torch.tanh(z)
+
+
 class Images(nn.Module):
     """An image out of an image."""
 
@@ -70,10 +84,10 @@ def bodies(data: bytes) -> dict[str, onnx.GraphProto]:
 
 
 @pytest.mark.usefixtures("small_cache")
-@pytest.mark.parametrize(("net", "most"), [(Net, 8), (Images, 1)])
-def test_every_batch_has_the_numbers_of_the_whole(net: Callable[[], nn.Module], most: int) -> None:
+@pytest.mark.parametrize(("net", "channels", "most"), [(Net, 3, 8), (Images, 3, 1), (Frames, 4, 8)])
+def test_every_batch_has_the_numbers_of_the_whole(net: Callable[[], nn.Module], channels: int, most: int) -> None:
     module = net().eval()
-    compiled = tncompile.compile(module, (torch.randn(2, 3, 16, 16),), batch=(1, 64))
+    compiled = tncompile.compile(module, (torch.randn(2, channels, 16, 16),), batch=(1, 64))
     found = compiled.report.micro_batches
     assert found is not None and found.most == most and "at a time" in str(compiled.report)
     assert_plain(compiled.onnx)
@@ -83,11 +97,12 @@ def test_every_batch_has_the_numbers_of_the_whole(net: Callable[[], nn.Module], 
     session = session_of(compiled.onnx)
     generator = torch.Generator().manual_seed(1)
     for batch in (1, 2, found.limit, found.limit + 1, 3 * found.limit + 1, 4 * found.limit):
-        x = torch.randn(batch, 3, 16, 16, generator=generator)
+        x = torch.randn(batch, channels, 16, 16, generator=generator)
         with torch.no_grad():
             expected = module.double()(x.double())
         wanted = expected if isinstance(expected, tuple) else (expected,)
-        for result, want in zip(session.run(None, {"x": x.numpy()}), wanted, strict=True):
+        (name,) = (i.name for i in session.get_inputs())
+        for result, want in zip(session.run(None, {name: x.numpy()}), wanted, strict=True):
             np.testing.assert_allclose(result, want.numpy(), atol=2e-5 * float(want.abs().max()))
 
 
@@ -140,6 +155,7 @@ def test_with_tune_it_is_raced(faster: bool, monkeypatch: pytest.MonkeyPatch) ->
         return faster
 
     monkeypatch.setattr(compiler, "whole_is_faster", whole_is_faster)
+    monkeypatch.setattr(compiler, "settle", lambda *_: settle.Settled((), (), ()))
     compiled = tncompile.compile(Net().eval(), (torch.randn(2, 3, 16, 16),), batch=(1, 64), tune=0.2)
     assert raced == [[64]]
     assert (compiled.report.micro_batches is None) == faster == (not bodies(compiled.onnx))

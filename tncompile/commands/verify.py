@@ -8,6 +8,8 @@ from pathlib import Path
 from tncompile.commands.options import MODEL_HELP, example_option, load_example, loading, loading_options, sizes
 from tncompile.errors import LoadError
 
+_LARGEST = 4096  # batch that a file may ask to be run at
+
 
 def parser() -> argparse.ArgumentParser:
     """What the command takes."""
@@ -30,13 +32,15 @@ def run(options: argparse.Namespace) -> int:
     if detect(Path(options.output)) != "ONNX":
         raise LoadError(f"{options.output}: not an ONNX file; give the model first, then the compiled file")
     from tncompile import compiler
+    from tncompile.inspect.compiled import batches_of
     from tncompile.runtime.stored import session_of
 
     traced = compiler.import_file(options.model, loading(options))
     session = session_of(Path(options.output))
     examples = [load_example(path) for path in options.example]
     with compiler.naming(options.model):
-        result = compiler.check_session(session, traced, options.batch, examples)
+        also = () if examples else [size for size in batches_of(options.output) if size <= _LARGEST]
+        result = compiler.check_session(session, traced, options.batch, examples, also)
     print(f"{'passed' if result.passed else 'FAILED'}: {options.output} against {options.model} in float64")
     for output in result.outputs:
         print(f"  {output}")

@@ -114,12 +114,13 @@ def stored_path(device: str = "cpu", threads: int = 0) -> Path:
 def machine(device: str = "cpu", threads: int = 0) -> str:
     """What a profile belongs to: ``cpu, AMD EPYC, 2 cores, onnxruntime 1.31.1``, on fewer threads than cores
     ``cpu, AMD EPYC, 1 of 2 cores, ...``."""
-    used = f"{threads} of " if 0 < threads < _cores() else ""
-    place = f"{processor()}, {used}{_cores()} cores" if device == "cpu" else _gpu()
+    used = f"{threads} of " if 0 < threads < cores() else ""
+    place = f"{processor()}, {used}{cores()} cores" if device == "cpu" else _gpu()
     return f"{device}, {place}, onnxruntime {_runtime()}"
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -18,7 +18,10 @@ from tncompile.emit.store import LOAD_LIMIT, affordable, foldable, store_as_core
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
-from tncompile.ir import Program
+from tncompile.ir import Program, Switch
+
+BATCHES = "tncompile.batches"
+"""The key of the metadata that has the batch sizes at which every way to compute runs once."""
 
 Store = Literal["auto", "cores", "folded"]
 
@@ -48,12 +51,14 @@ class Storage:
 @dataclass(frozen=True)
 class Written:
     """A file, and how it holds folded layers. `folded` is the file with all layers written out, if not the same;
-    `micro_batches` says how large batches are computed in parts, where they are."""
+    `micro_batches` says how large batches are computed in parts, where they are; `sizes` are batch sizes at which every
+    way to compute runs once, as they are in the file's metadata too."""
 
     file: OnnxFile
     storage: Storage
     folded: OnnxFile | None = None
     micro_batches: MicroBatches | None = None
+    sizes: tuple[int, ...] = ()
 
     @property
     def data(self) -> bytes:
@@ -65,7 +70,7 @@ class Written:
         if self.folded is None:
             raise ValueError("all layers are written out")
         storage = replace(self.storage, cores=(), seconds=0.0, why=why)
-        return Written(self.folded, storage, micro_batches=self.micro_batches)
+        return replace(self, file=self.folded, storage=storage, folded=None)
 
 
 def write(
@@ -88,6 +93,9 @@ def write(
     model = lowered(program, traced)
     parts = micro_batch(model) if micro_batch is not None else None
     model = named(model, program, traced)
+    sizes = _in_every_range(program, parts)
+    if sizes:
+        model.metadata_props[BATCHES] = " ".join(map(str, sizes))
     strict = not isinstance(traced, OnnxModel)  # a stranger's shapes need not be those that onnx infers
     folded = file = pack(model, external_data, strict)
     found = foldable(model)
@@ -108,7 +116,7 @@ def write(
         math.fsum(c.seconds for c in found),
         _why(store, len(found), len(chosen)),
     )
-    return Written(file, storage, folded if chosen else None, parts)
+    return Written(file, storage, folded if chosen else None, parts, sizes)
 
 
 def adopt(exported: bytes, traced: ImportedModel) -> Written:
@@ -121,6 +129,13 @@ def adopt(exported: bytes, traced: ImportedModel) -> Written:
     file = pack(finish(model, traced.program, traced), strict=not original)
     why = "it is the original file" if original else "torch's exporter wrote the file"
     return Written(file, Storage("folded", file.size, file.size, (), 0.0, 0.0, why))
+
+
+def _in_every_range(program: Program, parts: MicroBatches | None) -> tuple[int, ...]:
+    """Batch sizes at which every plan of every switch runs once, and the batch whole and in parts."""
+    limits = {limit for node in program.nodes if isinstance(node, Switch) for limit in node.limits}
+    sizes = {size for limit in limits for size in (limit, limit + 1)}
+    return tuple(sorted(sizes | {*(parts.sizes if parts is not None else ())}))
 
 
 def _why(store: Store, found: int, chosen: int) -> str:

@@ -83,7 +83,7 @@ def pack(model: onnx_ir.Model, external: bool = False, strict: bool = True) -> O
     """
     try:
         onnx_passes.CheckerPass(full_check=strict)(model)
-    except onnx_ir.passes.PassError as error:
+    except (onnx_ir.passes.PassError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = first_line(error.__cause__ or error)
         raise VerificationError(f"the emitted model is not valid ONNX, a fault of tncompile: {reason}") from error
     if not external and weight_bytes(model) < EXTERNAL_FROM:

@@ -7,8 +7,9 @@
 
 A region is what leads from the model's inputs to its last convolutions and pools, as far as each sample is computed by
 itself. What lies between its nodes then takes the memory of k samples, whatever the batch is, and is still in the cache
-when it is read. `k` is the largest power of two up to a limit that divides the batch. Where what comes out is large,
-`k` is 1 and no Reshape is needed outside, which would copy it where it is the model's output.
+when it is read. `k` is the largest power of two up to a limit that divides the batch; where that is too small, as for
+an odd one, the batch is computed whole. Where what comes out is large, `k` is 1 and no Reshape is needed outside, which
+would copy it where it is the model's output.
 
 Measured in ONNX Runtime 1.31: a Scan gives slices of its input and of its output to its body without copying them, and
 takes some 5 microseconds a slice, and 1 or 2 for each node in it; the If takes 2 or 3. The file holds a weight once,
@@ -38,22 +39,27 @@ _TWICE = 2
 _FEW = 8 << 20  # bytes around one node up to which a batch is computed whole
 _SLICE = 2 << 20  # bytes around one node in a slice
 _SHOWN = 0.2  # of the bytes around one node: what comes out of a region is large
-_SMALL_COST, _COST = 0.05, 0.3  # of the work in a slice: what a Scan may take for it, if it can be, and at most
+_SMALL_COST, _COST, _LARGE_COST = 0.05, 0.3, 0.5
+"""Of the work in a slice, what a Scan takes for it: as is looked for; at most; and in slices of a batch that only few
+samples divide."""
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Batches of more than `limit` samples are computed up to `most` at a time; the largest node of that part reads and
-    writes `bytes` a sample."""
+    """Batches of more than `limit` samples are computed up to `most` at a time, but whole where fewer than `least`
+    divide them; both are powers of two. The largest node of that part reads and writes `bytes` a sample."""
 
     limit: int
     most: int
+    least: int
     bytes: int
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Batch sizes at which every way to compute is taken once."""
-        return tuple(dict.fromkeys((self.limit, self.limit + 1, self.most * (self.limit // self.most + 1))))
+        """Batch sizes at which every way to compute is taken once: whole, in the largest and in the smallest slices."""
+        odd = self.limit + 1 + self.limit % 2
+        beyond = (size * (self.limit // size + 1) for size in (self.most, self.least))
+        return tuple(dict.fromkeys((self.limit, odd, *beyond)))
 
     def __str__(self) -> str:
         count = "one" if self.most == 1 else f"up to {self.most}"
@@ -66,7 +72,7 @@ def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int)
     `threads`: of the sessions it will run in.
     """
     first = shape_of(model.graph.inputs[0]) if model.graph.inputs else None
-    if not first or not isinstance(first[0], str):
+    if not batches or not first or not isinstance(first[0], str) or not first[0].isidentifier():
         return None
     with silence("onnx_ir"):
         onnx_passes.ShapeInferencePass()(model)
@@ -74,9 +80,9 @@ def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int)
     if region is None or region.bytes * max(batches) < max(CACHE, _TWICE * region.weights):
         return None
     chosen = _sizes(region, threads)
-    if chosen is None:
+    if chosen is None or chosen.limit >= max(batches):
         return None
-    write_choice(model.graph, region, chosen.limit, chosen.most)
+    write_choice(model.graph, region, chosen.limit, chosen.most, chosen.least)
     weights_into_branches(model.graph)
     return chosen
 
@@ -84,11 +90,13 @@ def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int)
 def _sizes(region: Region, threads: int) -> MicroBatches | None:
     """As many samples as make a slice worth its Scan and still fit in the cache; one where what comes out is large."""
     cost = (5.0 + 1.5 * len(region.nodes)) * threads  # microseconds a slice
-    most = 1
+    most = least = 1
     if region.shown <= _SHOWN * region.bytes:
         most = 2
         while cost > _SMALL_COST * most * region.microseconds and 2 * most * region.bytes <= _SLICE:
             most *= 2
     if cost > _COST * most * region.microseconds:
         return None
-    return MicroBatches(max(most, _FEW // region.bytes), most, region.bytes)
+    while cost > _LARGE_COST * least * region.microseconds and least < most:
+        least *= 2
+    return MicroBatches(max(most, _FEW // region.bytes), most, least, region.bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir
@@ -72,7 +72,8 @@ def find_region(graph: onnx_ir.Graph, batch: str) -> Region | None:
         _weights(nodes),
         max(around),
         sum(samples.size(value) for value in outputs if value.is_graph_output()),
-        sum(_products(node) / _RATE for node in nodes) + sum(around) / _BANDWIDTH,
+        sum(_products(node) * (samples.entry(node.outputs[0]) or 1) / _RATE for node in nodes)
+        + sum(around) / _BANDWIDTH,
     )
 
 
@@ -81,22 +82,32 @@ def _weights(nodes: Iterable[onnx_ir.Node]) -> int:
     return sum(value.const_value.nbytes for value in constants if value.const_value is not None)
 
 
-def _whole_samples(nodes: list[onnx_ir.Node], samples: Samples) -> tuple[onnx_ir.Node, ...]:
-    """Without the last ones, where what they give to others does not have one entry for each sample."""
-    kept: set[onnx_ir.Node] = {*nodes}
-    for node in reversed(nodes):
-        for value in node.outputs:
-            inside = all(use.node in kept for use in value.uses()) and not value.is_graph_output()
-            if not inside and samples.entry(value) != 1:
-                kept.discard(node)
-    return tuple(node for node in nodes if node in kept)
+def _whole_samples(nodes: Sequence[onnx_ir.Node], samples: Samples) -> tuple[onnx_ir.Node, ...]:
+    """Without what gives to others a value that does not have one entry for each sample, and what reads from that."""
+    kept: dict[onnx_ir.Node, None] = dict.fromkeys(nodes)
+    while True:
+        before = len(kept)
+        for node in reversed([*kept]):
+            shown = (v for v in node.outputs if v.is_graph_output() or any(use.node not in kept for use in v.uses()))
+            if any(samples.entry(value) != 1 for value in shown):
+                del kept[node]
+        for node in [*kept]:
+            made = (v.producer() for v in node.inputs if v is not None and v in samples.values)
+            if any(producer is not None and producer not in kept for producer in made):
+                del kept[node]
+        if len(kept) == before:
+            return tuple(kept)
 
 
 def _products(node: onnx_ir.Node) -> float:
-    """Multiplications and additions for one sample, about."""
-    weight, result = constant_shape(node.inputs[1]) if len(node.inputs) > 1 else None, shape_of(node.outputs[0])
-    if weight is None or result is None or not is_op(node, "Conv", "ConvTranspose", *_MATRICES):
+    """Multiplications and additions for one entry of the first axis, about."""
+    result = shape_of(node.outputs[0])
+    if result is None or not is_op(node, "Conv", "ConvTranspose", *_MATRICES):
         return 0.0
     elements = math.prod(int(size) for size in result[1:])
-    kept = weight[1] if is_op(node, "ConvTranspose", *_MATRICES) else weight[0]
+    if is_op(node, *_MATRICES):
+        left = constant_shape(node.inputs[0]) or shape_of(node.inputs[0]) or (1,)
+        return 2.0 * elements * int(left[-1])
+    weight = constant_shape(node.inputs[1]) or (1, 1)
+    kept = weight[1] if is_op(node, "ConvTranspose") else weight[0]
     return 2.0 * elements * math.prod(weight) / max(kept, 1)

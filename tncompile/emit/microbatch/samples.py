@@ -55,20 +55,23 @@ class Samples:
             return False
         if len(node.outputs) > 1 and node.op_type != "Split":  # MaxPool's indices count through the whole batch
             return False
-        if node.op_type == "Reshape":
-            self._reshape(node)
+        if node.op_type == "Reshape" and not self._reshape(node):
+            return False
+        if any(value.dtype in (None, onnx_ir.DataType.STRING) for value in (*moving, *node.outputs)):
+            return False  # of no known number of bytes
         entries = {self.entry(value) for value in (*moving, *node.outputs)}
         return None not in entries and (len(entries) == 1 or node.op_type == "Reshape") and rule(node)
 
-    def _reshape(self, node: onnx_ir.Node) -> None:
-        """Find the entries of a sample behind a Reshape that keeps samples one after the other."""
+    def _reshape(self, node: onnx_ir.Node) -> bool:
+        """Find the entries of a sample behind a Reshape; whether it keeps samples one after the other."""
         before, shape, target = node.inputs[0], shape_of(node.outputs[0]), constant(node.inputs[1])
-        if before is None or not shape or target is None or target[0] != -1 or not isinstance(shape[0], str):
-            return
+        if before is None or not shape or target is None or not isinstance(shape[0], str):
+            return False
         rest = math.prod(size if isinstance(size, int) else 0 for size in shape[1:])
         elements = self._elements(before)
-        if rest and elements % rest == 0:
-            self.entries.setdefault(shape[0], elements // rest)
+        if not rest or elements % rest:
+            return False
+        return self.entries.setdefault(shape[0], elements // rest) == elements // rest
 
 
 def _dims(node: onnx_ir.Node, position: int = 0) -> Dims:

@@ -14,14 +14,19 @@ from tncompile.emit.microbatch.region import Region
 Value = onnx_ir.Value
 
 _SAMPLES = "micro_batch"
+_ANY = (1 << 63) - 1
 
 
-def write_choice(graph: onnx_ir.Graph, region: Region, limit: int, most: int) -> None:
-    """Put an ``If`` in the place of the region's nodes."""
+def write_choice(graph: onnx_ir.Graph, region: Region, limit: int, most: int, least: int = 1) -> None:
+    """Put an ``If`` in the place of the region's nodes. The sizes are those of `MicroBatches`."""
     first = region.nodes[0]
     outer = _Nodes(Editor(graph))
     batch = outer.op("Shape", [region.inputs[0]], start=0, end=1)
-    few = outer.op("LessOrEqual", [batch, outer.integers([limit])])
+    whole = outer.integers([limit])
+    if least > 1:  # a limit for each remainder: none is beyond it unless enough samples divide the batch
+        limits = outer.integers([limit] + [_ANY] * (least - 1))
+        whole = outer.op("Gather", [limits, outer.op("Mod", [batch, outer.integers([least])])])
+    few = outer.op("LessOrEqual", [batch, whole])
     writer = _Region(region, outer.editor)
     branches = {"then_branch": writer.whole(), "else_branch": writer.parts(batch, most)}
     outputs = outer.node("If", [few], len(region.outputs), **branches)
