@@ -215,7 +215,14 @@ def compile_exported(
     watch("passes")
     progress("writing ONNX")
     served = [sizes["batch"] for sizes in sizes_to_check(traced, batches) if "batch" in sizes]
-    parts = partial(in_micro_batches, batches=served, threads=threads or cores())
+    composed = stages.get("fold", traced.program)  # the last with cores as they were
+    context = replace(context, images=images(program))
+
+    def gained() -> float:
+        networks, _ = summarize(composed, program, reports, context)
+        return 1e6 * sum(network.gained(min(batches)) for network in networks)
+
+    parts = partial(in_micro_batches, batches=served, threads=threads or cores(), gained=gained)
     file = write(program, traced, store, external_data, parts if micro_batch and device == "cpu" else None)
     stored = Stored(file.file, folder)
     watch("emit")
@@ -247,8 +254,6 @@ def compile_exported(
             stored = Stored(file.file, folder)
             result, session = _checked(stored, traced, batches, examples, file.sizes)
         watch("check")
-    composed = stages.get("fold", traced.program)  # the last with cores as they were
-    context = replace(context, images=images(program))
     networks, views = summarize(composed, program, reports, context, file.storage.cores)
     report = Report(
         networks=networks,

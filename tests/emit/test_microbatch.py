@@ -75,6 +75,7 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(microbatch, "_SLICE", 1 << 18)
     monkeypatch.setattr(microbatch, "_FEW", 1 << 18)
     monkeypatch.setattr(microbatch, "_COST", np.inf)
+    monkeypatch.setattr(microbatch, "_CHOICE_US", 0.0)
 
 
 def bodies(data: bytes) -> dict[str, onnx.GraphProto]:
@@ -165,6 +166,19 @@ def test_with_tune_it_is_raced(faster: bool, monkeypatch: pytest.MonkeyPatch) ->
 def test_weights_that_outweigh_images_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(microbatch, "_TWICE", 1000)
     assert not bodies(tncompile.compile(Net().eval(), (torch.randn(2, 3, 16, 16),), batch=(1, 64)).onnx)
+
+
+@pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize(
+    ("choice", "batches", "taken"), [(1e-6, (1, 64), True), (1.0, (1, 64), False), (1.0, (64,), True)]
+)
+def test_the_smallest_batch_can_pay_for_the_choice(
+    choice: float, batches: tuple[int, ...], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense convolutions gain nothing by the compiler, so their own work must be enough."""
+    monkeypatch.setattr(microbatch, "_CHOICE_US", choice)
+    compiled = tncompile.compile(Net().eval(), (torch.randn(2, 3, 16, 16),), batch=batches)
+    assert bool(bodies(compiled.onnx)) == taken
 
 
 @pytest.mark.usefixtures("small_cache")

@@ -56,6 +56,11 @@ class NetworkSummary:
     decisions: tuple[str, ...]
     source: str
 
+    def gained(self, batch: int) -> float:
+        """Predicted seconds by which it is faster at a batch size than as traced, and than as the dense layer."""
+        costs = self.costs[batch]
+        return min(costs["naive"].seconds, costs["dense"].seconds) - costs["chosen"].seconds
+
 
 @dataclass(frozen=True)
 class Report:

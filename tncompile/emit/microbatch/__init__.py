@@ -18,7 +18,7 @@ the session twice (see `weights_into_branches`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir
@@ -36,6 +36,7 @@ CACHE = 28 << 20
 _TWICE = 2
 """Times what both branches have for themselves when they run: their weights, for the order that their kernels want."""
 
+_CHOICE_US, _LITTLE = 5.0, 0.03  # what the If takes, and of the work in the smallest batch what goes unnoticed
 _FEW = 8 << 20  # bytes around one node up to which a batch is computed whole
 _SLICE = 2 << 20  # bytes around one node in a slice
 _SHOWN = 0.2  # of the bytes around one node: what comes out of a region is large
@@ -66,10 +67,13 @@ class MicroBatches:
         return f"beyond batch {self.limit}, images are computed {count} at a time ({self.bytes / 1e6:.2g} MB each)"
 
 
-def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int) -> MicroBatches | None:
+def in_micro_batches(
+    model: onnx_ir.Model, batches: Sequence[int], threads: int, gained: Callable[[], float]
+) -> MicroBatches | None:
     """Compute the images of a model in micro-batches, where the largest of some batches gains; edits the model.
 
-    `threads`: of the sessions it will run in.
+    `threads`: of the sessions it will run in. `gained`: microseconds by which the smallest batch is faster than in any
+    other way anyhow, from which the choice between both ways may be paid.
     """
     first = shape_of(model.graph.inputs[0]) if model.graph.inputs else None
     if not batches or not first or not isinstance(first[0], str) or not first[0].isidentifier():
@@ -81,6 +85,8 @@ def in_micro_batches(model: onnx_ir.Model, batches: Sequence[int], threads: int)
         return None
     chosen = _sizes(region, threads)
     if chosen is None or chosen.limit >= max(batches):
+        return None
+    if _LITTLE * min(batches) * region.microseconds < _CHOICE_US and gained() < _CHOICE_US:
         return None
     write_choice(model.graph, region, chosen.limit, chosen.most, chosen.least)
     weights_into_branches(model.graph)
