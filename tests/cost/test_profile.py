@@ -150,6 +150,6 @@ def test_a_stored_profile_belongs_to_one_machine(monkeypatch: pytest.MonkeyPatch
     second = devices.stored_path()
     assert first != second and first.parent == second.parent
     assert "Another-CPU-2.4-GHz-x" in second.name and second.suffix == ".json"
-    monkeypatch.setattr(devices, "_cores", lambda: 4)
+    monkeypatch.setattr(devices, "cores", lambda: 4)
     every = devices.stored_path()
     assert devices.stored_path(threads=4) == every != devices.stored_path(threads=1)
