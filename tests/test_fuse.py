@@ -275,7 +275,7 @@ def test_a_turned_kernel_is_stored_as_its_cores(column: bool) -> None:
     assert error(small, module, (torch.randn(shape),)) < RELATIVE
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     channels=st.sampled_from([1, 3, 8, 16, 20, 32, 40]),
     filters=st.sampled_from([1, 16, 24, 32]),

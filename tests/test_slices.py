@@ -97,7 +97,7 @@ def test_slices_of_every_kind(slices: list[tuple[str, int]]) -> None:
     assert matmuls == 2 * np.prod([count for _, count in slices])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
 @given(seed=st.integers(0, 3000), data=st.data())
 def test_random_networks(seed: int, data: st.DataObject) -> None:
     context = Context(batches=(1, 7), sizes={"seq": 5})

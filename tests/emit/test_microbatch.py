@@ -277,7 +277,7 @@ def nets(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("most", [1, 4])
-@settings(max_examples=4, deadline=None, phases=[Phase.generate])
+@settings(max_examples=3, deadline=None, phases=[Phase.generate])
 @given(net=nets(), batch=st.integers(1, 13))
 def test_any_net_in_parts(most: int, net: tuple[nn.Module, tuple[int, int]], batch: int) -> None:
     module, (channels, size) = net

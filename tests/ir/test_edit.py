@@ -81,7 +81,7 @@ def nest(a: Axis, b: Axis) -> bool:
     return all(after % before == 0 for before, after in itertools.pairwise(cuts))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(pairs())
 def test_inline_computes_what_the_two_networks_do(pair: Pair) -> None:
     values, producer, consumer = pair
@@ -222,7 +222,7 @@ def resolved(axis: Axis, splits: dict[str, Axis]) -> Axis:
     return tuple(new for i in axis for new in splits.get(i.name, (i,)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(readable_dims, st.data())
 def test_refine_makes_groups_agree(dim: Dim, data: st.DataObject) -> None:
     axes = []

@@ -33,7 +33,7 @@ def reference(network: Network, operands: Mapping[str, Array]) -> Array:
     return total.reshape([math.prod(size[i.name] for i in axis) for axis in network.output.axes])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(networks())
 def test_evaluate_agrees_with_einsum(drawn: tuple[tuple[Value, ...], Network]) -> None:
     values, network = drawn
