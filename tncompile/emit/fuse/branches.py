@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir
 
 from tncompile.emit.fuse.match import Editor, constant_shape, is_op
@@ -30,11 +29,6 @@ def weights_into_branches(graph: onnx_ir.Graph) -> int:
             if value is None or not shape or value.graph is inner:
                 continue
             if (value, inner) not in local:
-                target = editor.constant(f"shape_{'x'.join(map(str, shape))}", np.asarray(shape, np.int64))
-                copy = onnx_ir.node("Reshape", [value, target], name=editor.name(f"{value.name}/here"))
-                copy.outputs[0].name = editor.name(f"{copy.name}:out")
-                copy.outputs[0].type, copy.outputs[0].shape = value.type, onnx_ir.Shape(shape)
-                inner.insert_before(inner[0], copy)
-                local[value, inner] = copy.outputs[0]
+                local[value, inner] = editor.reshape(value, shape, node, shape)
             node.replace_input_with(position, local[value, inner])
     return len(local)

@@ -142,7 +142,8 @@ class Editor:
         if shape is not None:
             output.shape = onnx_ir.Shape(shape)
         output.type = like.outputs[0].type
-        (self.graph.insert_after if behind else self.graph.insert_before)(like, node)
+        graph = like.graph or self.graph  # that of a branch, where `like` is in one
+        (graph.insert_after if behind else graph.insert_before)(like, node)
         if domain:
             self.graph.opset_imports.setdefault(domain, 1)
         return output

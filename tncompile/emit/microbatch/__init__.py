@@ -25,8 +25,8 @@ import onnx_ir
 from onnx_ir.passes import common as onnx_passes
 
 from tncompile.emit.fuse.branches import weights_into_branches
-from tncompile.emit.fuse.match import shape_of
-from tncompile.emit.microbatch.region import Region, find_region
+from tncompile.emit.fuse.match import is_op, shape_of
+from tncompile.emit.microbatch.region import CONVOLUTIONS, Region, find_region
 from tncompile.emit.microbatch.write import write_choice
 from tncompile.frontend.trace import silence
 
@@ -77,6 +77,8 @@ def in_micro_batches(
     """
     first = shape_of(model.graph.inputs[0]) if model.graph.inputs else None
     if not batches or not first or not isinstance(first[0], str) or not first[0].isidentifier():
+        return None
+    if not any(is_op(node, *CONVOLUTIONS) for node in model.graph):
         return None
     with silence("onnx_ir"):
         onnx_passes.ShapeInferencePass()(model)

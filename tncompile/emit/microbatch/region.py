@@ -11,7 +11,8 @@ import onnx_ir
 from tncompile.emit.fuse.match import constant_shape, is_op, shape_of
 from tncompile.emit.microbatch.samples import Samples
 
-_WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+_WINDOWS = (*CONVOLUTIONS, "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 _MATRICES = ("Gemm", "MatMul")
 _RATE = 100e3  # multiplications and additions in a microsecond: the order of one core's
 _BANDWIDTH = 24e3  # bytes in a microsecond, from a cache
@@ -47,23 +48,20 @@ def find_region(graph: onnx_ir.Graph, batch: str) -> Region | None:
         if node in samples.nodes and (is_op(node, *_WINDOWS) or readers & leading):
             leading.add(node)
     for node in graph:
-        read = {value for value in node.inputs if value is not None and value in samples.values}
+        read = {*samples.read(node)}
         if node in samples.nodes and all(value.producer() in leading for value in read):
             shrinks = sum(map(samples.size, node.outputs)) <= sum(map(samples.size, read))
             if shrinks and not is_op(node, *_MATRICES):
                 leading.add(node)
     nodes = _whole_samples([node for node in graph if node in leading], samples)
     leading = {*nodes}
-    if not any(is_op(node, "Conv", "ConvTranspose") for node in nodes):
+    if not any(is_op(node, *CONVOLUTIONS) for node in nodes):
         return None
-    reads = dict.fromkeys(v for node in nodes for v in node.inputs if v is not None and v in samples.values)
+    reads = dict.fromkeys(value for node in nodes for value in samples.read(node))
     inputs = tuple(v for v in reads if v.producer() not in leading)
     made = [value for node in nodes for value in node.outputs]
     outputs = tuple(v for v in made if v.is_graph_output() or any(use.node not in leading for use in v.uses()))
-    around = [
-        sum(samples.size(v) for v in (*node.inputs, *node.outputs) if v is not None and v in samples.values)
-        for node in nodes
-    ]
+    around = [sum(map(samples.size, (*samples.read(node), *node.outputs))) for node in nodes]
     return Region(
         nodes,
         inputs,
@@ -92,7 +90,7 @@ def _whole_samples(nodes: Sequence[onnx_ir.Node], samples: Samples) -> tuple[onn
             if any(samples.entry(value) != 1 for value in shown):
                 del kept[node]
         for node in [*kept]:
-            made = (v.producer() for v in node.inputs if v is not None and v in samples.values)
+            made = (value.producer() for value in samples.read(node))
             if any(producer is not None and producer not in kept for producer in made):
                 del kept[node]
         if len(kept) == before:
@@ -102,7 +100,7 @@ def _whole_samples(nodes: Sequence[onnx_ir.Node], samples: Samples) -> tuple[onn
 def _products(node: onnx_ir.Node) -> float:
     """Multiplications and additions for one entry of the first axis, about."""
     result = shape_of(node.outputs[0])
-    if result is None or not is_op(node, "Conv", "ConvTranspose", *_MATRICES):
+    if result is None or not is_op(node, *CONVOLUTIONS, *_MATRICES):
         return 0.0
     elements = math.prod(int(size) for size in result[1:])
     if is_op(node, *_MATRICES):

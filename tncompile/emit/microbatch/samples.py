@@ -39,6 +39,10 @@ class Samples:
             return None
         return self.entries.get(shape[0])
 
+    def read(self, node: onnx_ir.Node) -> list[onnx_ir.Value]:
+        """What a node reads that has samples."""
+        return [value for value in node.inputs if value is not None and value in self.values]
+
     def size(self, value: onnx_ir.Value) -> int:
         """Bytes of one sample."""
         assert value.dtype is not None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from tncompile.emit.fuse.match import Dims, Editor, replace, shape_of
+from tncompile.emit.fuse.match import Editor, replace, shape_of
 from tncompile.emit.microbatch.region import Region
 
 Value = onnx_ir.Value
@@ -82,7 +82,7 @@ class _Region:
         """All samples at once."""
         write = _Nodes(self.editor)
         made = self._copy(write, {}, "whole")
-        return write.graph("whole", [], [self._shaped(v, made[v], self._rest(v), [self.region.batch]) for v in made])
+        return write.graph("whole", [], [self._shaped(v, made[v], [self.region.batch]) for v in made])
 
     def parts(self, batch: Value, most: int) -> onnx_ir.Graph:
         """A Scan over slices of up to `most` samples, or of one."""
@@ -94,7 +94,7 @@ class _Region:
         samples = None if most == 1 else self._samples(write, batch, most)
         for value in self.region.inputs:
             part = Value(name=self.editor.name(f"{value.name}:slice"), type=value.type)
-            slices.append(self._shaped(value, part, self._rest(value), lead))
+            slices.append(self._shaped(value, part, lead))
             if samples is None:
                 sliced.append(value)
                 given[value] = body.reshape(part, [1, *self._rest(value)])
@@ -106,12 +106,12 @@ class _Region:
         results = list(made.values())
         if samples is None:
             results = [body.reshape(made[v], self._rest(v)) for v in made]
-        results = [self._shaped(v, result, self._rest(v), lead) for v, result in zip(made, results, strict=True)]
+        results = [self._shaped(v, result, lead) for v, result in zip(made, results, strict=True)]
         scan = body.graph("micro_batch", slices, results)
         outputs = write.node("Scan", sliced, len(results), body=scan, num_scan_inputs=len(slices))
         if samples is not None:
             outputs = [write.reshape(o, [-1, *self._rest(v)]) for v, o in zip(made, outputs, strict=True)]
-        outputs = [self._shaped(v, o, self._rest(v), [self.region.batch]) for v, o in zip(made, outputs, strict=True)]
+        outputs = [self._shaped(v, o, [self.region.batch]) for v, o in zip(made, outputs, strict=True)]
         return write.graph("in_micro_batches", [], outputs)
 
     @staticmethod
@@ -147,7 +147,7 @@ class _Region:
         """The shape of one sample."""
         return tuple(int(size) for size in (shape_of(value) or ())[1:])
 
-    @staticmethod
-    def _shaped(old: Value, new: Value, rest: Dims, lead: Sequence[str]) -> Value:
-        new.type, new.shape = old.type, onnx_ir.Shape((*lead, *rest))
+    def _shaped(self, old: Value, new: Value, lead: Sequence[str]) -> Value:
+        """`new` known as samples of `old`, with some axes in front."""
+        new.type, new.shape = old.type, onnx_ir.Shape((*lead, *self._rest(old)))
         return new
