@@ -83,16 +83,18 @@ def finish(model: ModelProto, names: Names) -> None:
     graph = model.graph
     graph.initializer.extend(names.initializers.values())
     folds = Constants(model).folds
-    inner = [g for g in graphs_of(model.graph) if g is not graph]
-    read = {o.name for g in (graph, *inner) for o in g.output} | {i for g in inner for n in g.node for i in n.input}
-    nodes: list[NodeProto] = []
-    for node in reversed(graph.node):
-        if identity(node) not in folds or read & {*node.output}:
-            nodes.append(node)
-            read |= {*node.input}
+    read: set[str] = set()
+    for part in [*graphs_of(graph)][::-1]:  # inner ones first, so that `read` has what they read of outer ones
+        read |= {o.name for o in part.output}
+        nodes: list[NodeProto] = []
+        for node in reversed(part.node):
+            if identity(node) not in folds or read & {*node.output}:
+                nodes.append(node)
+                read |= {*node.input}
+        del part.node[:]
+        part.node.extend(nodes[::-1])
     initializers = [t for t in graph.initializer if t.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes[::-1])
+    del graph.initializer[:]
     graph.initializer.extend(initializers)
     for part in graphs_of(model.graph):
         made = {name for node in part.node for name in node.output}

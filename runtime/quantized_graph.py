@@ -88,7 +88,7 @@ def attribute(node: NodeProto, name: str, default: object = None) -> object:
 
 
 class Constants:
-    """The constants of a model by name: initializers of the main graph, and what its nodes compute from those alone."""
+    """The constants of a model by name: initializers of the main graph, and what nodes compute from those alone."""
 
     def __init__(self, model: ModelProto) -> None:
         self.model = model
@@ -96,7 +96,7 @@ class Constants:
         self.folds: dict[str, NodeProto] = {}
         given = {i.name for i in model.graph.input}
         self._sources: dict[str, frozenset[str]] = {n: frozenset([n]) for n in self.initializers if n not in given}
-        for node in model.graph.node:
+        for node in (node for graph in graphs_of(model.graph) for node in graph.node):
             constant = all(name in self._sources for name in node.input if name) and not any(subgraphs(node))
             if constant and node.op_type not in _RANDOM | _QUANTIZED:
                 read = frozenset[str]().union(*(self._sources[name] for name in node.input if name))
@@ -166,7 +166,7 @@ class Constants:
     def _below(self, name: str) -> list[NodeProto]:
         """The nodes that compute a constant, in order."""
         wanted, found = {name}, []
-        for node in reversed(self.model.graph.node):
+        for node in reversed([node for graph in graphs_of(self.model.graph) for node in graph.node]):
             if wanted & {*node.output} and identity(node) in self.folds:
                 wanted |= {*node.input}
                 found.append(node)
