@@ -41,8 +41,8 @@ _FEW = 8 << 20  # bytes around one node up to which a batch is computed whole
 _SLICE = 2 << 20  # bytes around one node in a slice
 _SHOWN = 0.2  # of the bytes around one node: what comes out of a region is large
 _SMALL_COST, _COST, _LARGE_COST = 0.05, 0.3, 0.5
-"""Of the work in a slice, what a Scan takes for it: as is looked for; at most; and in slices of a batch that only few
-samples divide."""
+"""Of the work in a slice, what a Scan takes for it: as is looked for; at most, of what the work is in a whole batch;
+and in slices of a batch that only few samples divide."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _sizes(region: Region, threads: int) -> MicroBatches | None:
         most = 2
         while cost > _SMALL_COST * most * region.microseconds and 2 * most * region.bytes <= _SLICE:
             most *= 2
-    if cost > _COST * most * region.microseconds:
+    if cost > _COST * most * region.streamed:
         return None
     while cost > _LARGE_COST * least * region.microseconds and least < most:
         least *= 2

@@ -16,6 +16,7 @@ _WINDOWS = (*CONVOLUTIONS, "MaxPool", "AveragePool", "GlobalAveragePool", "Globa
 _MATRICES = ("Gemm", "MatMul")
 _RATE = 100e3  # multiplications and additions in a microsecond: the order of one core's
 _BANDWIDTH = 24e3  # bytes in a microsecond, from a cache
+_MEMORY_BANDWIDTH = 10e3  # and from memory
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Region:
     """Nodes in order, what they read of the batch, and what others read of theirs.
 
     For one sample: `bytes` are the most that the arrays around one node take, `shown` those of outputs of the model,
-    `microseconds` the order of the time for all of it on one core. `weights`: bytes of all it reads that is constant.
+    `microseconds` the order of the time for all of it on one core where its arrays are in the cache, `streamed` where
+    they are not. `weights`: bytes of all it reads that is constant.
     """
 
     nodes: tuple[onnx_ir.Node, ...]
@@ -34,6 +36,7 @@ class Region:
     bytes: int
     shown: int
     microseconds: float
+    streamed: float
 
 
 def find_region(graph: onnx_ir.Graph, batch: str) -> Region | None:
@@ -62,6 +65,7 @@ def find_region(graph: onnx_ir.Graph, batch: str) -> Region | None:
     made = [value for node in nodes for value in node.outputs]
     outputs = tuple(v for v in made if v.is_graph_output() or any(use.node not in leading for use in v.uses()))
     around = [sum(map(samples.size, (*samples.read(node), *node.outputs))) for node in nodes]
+    products = sum(_products(node) * (samples.entry(node.outputs[0]) or 1) / _RATE for node in nodes)
     return Region(
         nodes,
         inputs,
@@ -70,8 +74,8 @@ def find_region(graph: onnx_ir.Graph, batch: str) -> Region | None:
         _weights(nodes),
         max(around),
         sum(samples.size(value) for value in outputs if value.is_graph_output()),
-        sum(_products(node) * (samples.entry(node.outputs[0]) or 1) / _RATE for node in nodes)
-        + sum(around) / _BANDWIDTH,
+        products + sum(around) / _BANDWIDTH,
+        products + sum(around) / _MEMORY_BANDWIDTH,
     )
 
 
