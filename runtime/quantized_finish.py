@@ -44,7 +44,8 @@ def store(model: ModelProto, choice: Mapping[str, str], names: Names) -> None:
             continue
         array = constants.array(name)
         node, position, read = readers[name][0]
-        axes = _channels(node, position, array.ndim) if read == name else tuple(range(array.ndim - 1))
+        known = constants.is_copy(read, name)
+        axes = _channels(node, position, array.ndim) if known else tuple(range(array.ndim - 1))
         writer = Writer(name, names, {NETWORK: key_of(node), "tncompile.fold": name})
         if smaller(array, bits, axes, writer, name):
             made += writer.nodes

@@ -163,6 +163,14 @@ class Constants:
         """The initializers that a constant is made of; itself where it is one."""
         return self._sources[name]
 
+    def is_copy(self, name: str, source: str) -> bool:
+        """Whether a constant is another one, or a Reshape of it to its own shape, as in a branch that reads it."""
+        if name == source:
+            return True
+        node = self.folds.get(name)
+        reshaped = node is not None and node.op_type == "Reshape" and node.input[0] == source
+        return reshaped and self.shape(name) == self.shape(source)
+
     def _below(self, name: str) -> list[NodeProto]:
         """The nodes that compute a constant, in order."""
         wanted, found = {name}, []

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import tncompile
-from tests.helpers import feeds_for, nodes_of
+from tests.helpers import feeds_for, nodes_of, program_of
 from tests.quantizing import model_of, node, numbers, operators, run
 from tests.test_store import folded_program, traced
-from tests.test_switch import DENSE, FIRST, emitted, layers, switched
+from tests.test_switch import CONVOLUTIONS, DENSE, FIRST, emitted, layers, switched
 from tncompile.emit.file import write
 from tncompile.errors import LoadError, TNCompileError
 from tncompile.runtime import quantized_time
@@ -50,6 +50,19 @@ def test_both_branches_of_a_plan(bits: str) -> None:
     wanted = {"int8": "MatMulInteger", "int8-static": "QuantizeLinear", "int4": "MatMulNBits"}
     assert bits not in wanted or wanted[bits] in kinds
     assert not any(branch.initializer for branch in branches)  # weights stay in the main graph
+
+
+@pytest.mark.parametrize("bits", ["int8-static", "int8-weights"])
+def test_convolutions_in_both_branches(bits: str) -> None:
+    """Each branch has its own Reshape of their one kernel, which keeps one scale for each of its 16 channels."""
+    program = program_of(CONVOLUTIONS)
+    model = emitted(program).SerializeToString()
+    samples = [feeds_for(program, {"batch": batch}) for batch in (2, 3)]
+    small = quantize(model, {"y": bits}, samples)
+    for sample in samples:
+        assert 1e-6 < error(run(small, **sample), run(model, **sample)) < ERRORS[bits]
+    kept = [math.prod(t.dims) for t in onnx.load_model_from_string(small).graph.initializer]
+    assert max(size for size in kept if size < 16 * 16 * 3 * 3) == 16
 
 
 @pytest.mark.parametrize("bits", BITS[1:])

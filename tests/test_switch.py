@@ -211,9 +211,7 @@ def test_weights_stand_in_the_outer_graph_once() -> None:
     assert sorted(a.size for a in arrays if a.dtype == np.float32 and a.size > 30) == [60, 60, 108, 108, 720]
 
 
-def test_convolutions_in_branches_run_in_blocks_of_channels(tmp_path: Path) -> None:
-    """Both read one kernel of the main graph, of which each branch has its own for the order that its Conv wants."""
-    case = """\
+_CASE = """\
     network y: float32[batch, 16, 12, 12]
       indices b=batch, c=16, i=12, j=12, k=3, l=3, h=12, w=12, o=16
       term
@@ -226,8 +224,13 @@ def test_convolutions_in_branches_run_in_blocks_of_channels(tmp_path: Path) -> N
           2 = convolve(0, 1) -> [b, o, h, w]
       -> y[b, o, h, w]
 """
-    text = f"program\n  input x: float32[batch, 16, 12, 12]\n  switch batch <= 2\n{case}{case}  output y = y\n"
-    program = program_of(text)
+CONVOLUTIONS = f"program\n  input x: float32[batch, 16, 12, 12]\n  switch batch <= 2\n{_CASE}{_CASE}  output y = y\n"
+"""A convolution as one network in both cases of a switch."""
+
+
+def test_convolutions_in_branches_run_in_blocks_of_channels(tmp_path: Path) -> None:
+    """Both read one kernel of the main graph, of which each branch has its own for the order that its Conv wants."""
+    program = program_of(CONVOLUTIONS)
     model = emitted(program)
     assert sum(list(i.dims) == [16, 16, 3, 3] for i in model.graph.initializer) == 1
     assert not any(inner.initializer for inner in graphs(model.graph))
