@@ -18,11 +18,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 import tncompile
 from tncompile.cost.devices import processor
+from tncompile.training import Memory
 
 SIZES = {
     "256 → 256": ((4, 8, 8), (4, 8, 8)),
@@ -90,11 +92,11 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return peak
 
 
-def measure(form: str, size: str, rounds: int) -> list[Result]:
+def measure(form: str, size: str, rounds: int, memory: Memory = "auto") -> list[Result]:
     """One layer at all batch sizes."""
     modules = {way: layer(form, size, way) for way in WAYS[:2]}
     example = torch.randn(2, math.prod(SIZES[size][0])).requires_grad_()
-    modules["to_torch"] = tncompile.to_torch(modules["factorized"], (example,), batch=BATCHES)
+    modules["to_torch"] = tncompile.to_torch(modules["factorized"], (example,), batch=BATCHES, memory=memory)
     results = []
     for batch in BATCHES:
         steps = {way: step_of(module, batch, size) for way, module in modules.items()}
@@ -111,6 +113,8 @@ def measure(form: str, size: str, rounds: int) -> list[Result]:
 
 
 def _timed(step: Callable[[], None]) -> float:
+    """Seconds of a step that follows one of its own, as in training: in memory that it has left, not another way."""
+    step()
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
     parser.add_argument("--forms", nargs="+", choices=RANKS, default=[*RANKS])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--memory", choices=get_args(Memory), default="auto", help="as `to_torch` takes it")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"a file that has {START} and {END}")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -145,7 +150,7 @@ def main() -> None:
     results = []
     for size in args.sizes:
         for form in args.forms:
-            results += measure(form, size, args.rounds)
+            results += measure(form, size, args.rounds, args.memory)
             print(table(results[-len(BATCHES) :]), flush=True)
     conditions = f"{processor()}; Python {platform.python_version()}, torch {torch.__version__}; one thread, medians."
     text = f"{table(results)}\n\nConditions: {conditions}"

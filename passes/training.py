@@ -10,7 +10,8 @@ import numpy as np
 from tncompile.cost.layouts import reduced_layouts
 from tncompile.cost.profile import DeviceProfile
 from tncompile.cost.search import TreeSearch
-from tncompile.cost.training import TrainingCost, cheapest_tree
+from tncompile.cost.slices import MEMORY, peak_of
+from tncompile.cost.training import TrainingCost, cheapest_trees
 from tncompile.ir import Network, Node, Program, Switch, Term, Tree, dims
 from tncompile.ir.core import networks_of
 from tncompile.passes.base import Change, Context, Pass
@@ -18,6 +19,8 @@ from tncompile.passes.choice import BatchPlans, choose
 from tncompile.passes.plans import DENSE, TRACED, Candidate, label_of
 
 _BRANCH = 1e-6
+_NEAR = 1.1
+"""Times the predicted seconds of the fastest tree, up to which another may be chosen for its memory."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class TrainingOrder(Pass):
     ```
 
     1. Nothing is computed at compile time: weights are inputs of the program. Merging all of them first, as a
-       reconstructed layer does, is a candidate at what it costs in every step.
+       reconstructed layer does, is a candidate at what it costs in every step. Between trees of about one time, memory decides.
     2. A product costs its own time and that of one more for each side through which a gradient flows: `trained` names
        the inputs of the program that need one.
     3. Where no one order is good at all batch sizes, several serve one range each.
@@ -107,7 +110,7 @@ def _choose(network: Network, term: Term, context: Context, trained: Collection[
     costs = [training_cost(network, term, s, trained, context.profile) for s in sizes]
     trees: dict[Tree, str] = {term.order: TRACED}
     for cost in costs:
-        trees |= {tree: "" for tree in _found(term, cost, context) if tree not in trees}
+        trees.setdefault(_best(cost, _found(term, cost, context)), "")
     fixed = [all(isinstance(i.size, int) for i in t.indices) for t in term.tensors]
     merged = _search(costs[-1], fixed, context).dense()  # what a layer with its weight reconstructed computes
     if merged is not None:
@@ -116,11 +119,19 @@ def _choose(network: Network, term: Term, context: Context, trained: Collection[
     return choose(ways, context.batches, _BRANCH if dynamic else float("inf"), 0.0)
 
 
+def _best(cost: TrainingCost, trees: Sequence[Tree]) -> Tree:
+    """Of the trees that are about as fast as the fastest, the best by time and memory."""
+    arranged = [(cost.arrange(tree), tree) for tree in trees]
+    limit = _NEAR * min(found.seconds for found, _ in arranged)
+    near = [(found, tree) for found, tree in arranged if found.seconds <= limit]
+    return min(near, key=lambda pair: pair[0].seconds * peak_of(cost, pair[0].pairs) ** MEMORY)[1]
+
+
 def _found(term: Term, cost: TrainingCost, context: Context) -> list[Tree]:
     """The trees that may be best for one cost."""
-    tree = cheapest_tree(cost)
-    if tree is not None:
-        return [tree]
+    trees = cheapest_trees(cost)
+    if trees:
+        return trees
     search = _search(cost, [False] * len(term.tensors), context)
     starts = dict.fromkeys((*search.orders(16), term.order))
     return [*starts, *map(search.refined, starts)]

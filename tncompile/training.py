@@ -56,7 +56,7 @@ def to_torch(
 
     `batch`: the batch sizes to plan for; `sizes`: those of other dynamic dimensions. `memory`: ``"high"`` keeps every
     intermediate for the backward pass, ``"low"`` computes all of them again, in slices where that needs less at once,
-    ``"auto"`` those for which that is predicted to add at most 1% to a step, or 15% where slices lower its peak well.
+    ``"auto"`` those for which that is predicted to add at most 1% to a step, or 10% where slices lower its peak well.
     `profile` as in `tncompile.compile`. UnsupportedError for what cannot be traced; TNCompileError for wrong arguments.
     """
     if memory not in _SHARE:

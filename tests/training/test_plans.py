@@ -16,7 +16,7 @@ from tests import strategies
 from tests.helpers import program_of
 from tncompile.cost.devices import default_profile
 from tncompile.cost.slices import Cut, best_cut, cut_of, moved, peak_of, seconds_of
-from tncompile.cost.training import Arrangement, TrainingCost, cheapest_tree, is_recomputed
+from tncompile.cost.training import Arrangement, TrainingCost, cheapest_trees, is_recomputed
 from tncompile.emit.module.contraction import Contraction
 from tncompile.emit.module.plan import plan_of, sizes_of
 from tncompile.emit.module.steps import Sliced
@@ -61,7 +61,7 @@ def drawn_cut(data: st.DataObject, cost: TrainingCost, arranged: Arrangement) ->
     if not arranged.pairs or not names:
         return None
     index, count = data.draw(st.sampled_from(names)), data.draw(st.sampled_from([1, 2, 3, 7]))
-    return cut_of(arranged.pairs, cost.layouts, index, count)
+    return cut_of(arranged.pairs, cost.layouts, index, count, data.draw(st.booleans()))
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
@@ -136,12 +136,13 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda *given: module(given, []), tensors)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("index", ["batch", "i1", "i2", "r", "o1", "o2"])
-def test_derivatives_of_slices(monkeypatch: pytest.MonkeyPatch, index: str) -> None:
+def test_derivatives_of_slices(monkeypatch: pytest.MonkeyPatch, index: str, keeps: bool) -> None:
     """First and second ones, forward ones, and of single examples by torch.func."""
 
     def cut(cost: TrainingCost, arranged: Arrangement, _: float) -> Cut | None:
-        return cut_of(arranged.pairs, cost.layouts, index, 2) if arranged.pairs else None
+        return cut_of(arranged.pairs, cost.layouts, index, 2, keeps) if arranged.pairs else None
 
     monkeypatch.setattr("tncompile.emit.module.plan.best_cut", cut)
     (network,) = program_of(CHAIN).networks
@@ -203,7 +204,7 @@ def test_slices_lower_the_peak_as_predicted() -> None:
 
 
 def test_slices_take_no_longer_than_allowed() -> None:
-    """None where all is kept; within 15% for the share of ``memory="auto"``."""
+    """None where all is kept; within 10% for the share of ``memory="auto"``."""
     sizes = {"batch": 256, "i": 2048, "r": 16, "o": 2048}
     cost = TrainingCost([("batch", "i"), ("i", "r"), ("r", "o")], ("batch", "o"), sizes, [True] * 3, PROFILE)
     arranged = cost.arrange((0, (1, 2)))
@@ -211,7 +212,7 @@ def test_slices_take_no_longer_than_allowed() -> None:
     cut = best_cut(cost, arranged, 0.01)
     assert cut is not None
     pairs = moved(arranged.pairs, 3, cut)
-    assert seconds_of(cost, pairs, cut) <= 1.15 * arranged.seconds
+    assert seconds_of(cost, pairs, cut) <= 1.1 * arranged.seconds
     assert peak_of(cost, pairs, cut) < 0.7 * peak_of(cost, arranged.pairs)
 
 
@@ -229,6 +230,36 @@ def kept_bytes(module: Contraction, tensors: Sequence[torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         module(tensors, [])
     return sum(found.values())
+
+
+def test_slices_keep_what_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merged weight, for the gradients, as often as they are asked for; not without them."""
+    (network,) = program_of(DENSE).networks
+    gradients, kept = [], []
+    for keeps in (False, True):
+        monkeypatch.setattr(
+            "tncompile.emit.module.plan.best_cut",
+            lambda cost, arranged, _, keeps=keeps: cut_of(arranged.pairs, cost.layouts, "o", 4, keeps),
+        )
+        module, _ = contraction(network, {"batch": 16}, 0.01)
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((16, 512), (512, 64), (64, 512))
+        tensors = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+        kept.append(kept_bytes(module, tensors))
+        result = module(tensors, []).sum()
+        first = torch.autograd.grad(result, tensors, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(result, tensors), first, rtol=0, atol=0)
+        gradients.append(first)
+        with torch.no_grad():
+            assert kept_bytes(module, tensors) == 0
+    assert kept == [0, 512 * 512 * 4]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
+
+
+def test_copies_of_long_runs_are_cheap() -> None:
+    sizes = {"a": 64, "b": 64, "c": 64}
+    cost = TrainingCost([("a", "b", "c")], (), sizes, [True], PROFILE)
+    assert cost.copy(("a", "b", "c"), ("b", "a", "c")) < 0.5 * cost.copy(("a", "b", "c"), ("c", "b", "a"))
 
 
 def test_low_memory_keeps_no_intermediates() -> None:
@@ -270,7 +301,7 @@ def test_the_search_prices_gradients() -> None:
     seconds = []
     for needs in ([False] * 3, [False, True, True], [True] * 3):
         cost = TrainingCost(layouts, ("b", "o"), sizes, needs, PROFILE)
-        tree = cheapest_tree(cost)
+        tree, *_ = cheapest_trees(cost)
         assert tree in (((0, 1), 2), (2, (0, 1)))
         arranged = cost.arrange(((0, 1), 2))
         seconds.append(arranged.seconds)

@@ -13,22 +13,23 @@ START = 4e-5
 """Seconds that PyTorch takes to begin a function of ours, forward and backward."""
 STEP = 1.5e-5
 """Seconds that a product in a slice takes beyond `CALL`: a call from Python, a slice to be cut and put in its place."""
-LONGER = 15.0
+LONGER = 10.0
 """How many times the share of a step that not keeping intermediates may add slices may add: they lower its peak."""
 MEMORY = 0.25
 """What memory counts beside time: slices are chosen for the least time · memory ** MEMORY."""
 WORTH = 0.05
-"""By how much of itself memory must get less to be worth more slices."""
-SMALL = 1 << 24
+"""The share of time · memory ** MEMORY that slices have to gain; of memory alone, that more slices have to."""
+SMALL = 1 << 23
 """Bytes at the peak below which memory is not worth a longer step, and slices gain nothing from caches."""
 _COUNTS = (2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Some pairs are computed in `count` slices of `index`, and slice by slice again for the gradients.
+    """Some pairs are computed in `count` slices of `index`, and so are their gradients.
 
-    All pairs are computed in `order`, in which these go from `first` up to `last`.
+    All pairs are computed in `order`, in which these go from `first` up to `last`. For the gradients their results are
+    computed again slice by slice, unless the cut `keeps` them.
     """
 
     index: str
@@ -36,9 +37,10 @@ class Cut:
     order: tuple[int, ...]
     first: int
     last: int
+    keeps: bool
 
 
-def cut_of(pairs: Sequence[Pair], layouts: Sequence[Layout], index: str, count: int) -> Cut:
+def cut_of(pairs: Sequence[Pair], layouts: Sequence[Layout], index: str, count: int, keeps: bool = False) -> Cut:
     """The cut of all pairs of a tree that have an index.
 
     What they need and has no such index is computed before, so that it is not computed for each slice.
@@ -51,7 +53,7 @@ def cut_of(pairs: Sequence[Pair], layouts: Sequence[Layout], index: str, count: 
         if {pair.left - tensors, pair.right - tensors} & {inside[-1], *after}:
             after.add(k)
     before = [k for k in range(len(pairs)) if k not in after and k not in inside]
-    return Cut(index, count, (*before, *inside, *sorted(after)), len(before), len(before) + len(inside))
+    return Cut(index, count, (*before, *inside, *sorted(after)), len(before), len(before) + len(inside), keeps)
 
 
 def moved(pairs: Sequence[Pair], tensors: int, cut: Cut) -> tuple[Pair, ...]:
@@ -67,11 +69,13 @@ def moved(pairs: Sequence[Pair], tensors: int, cut: Cut) -> tuple[Pair, ...]:
 def gradient_pair(side: Layout, result: Layout, other: Layout, size: Callable[[Collection[str]], int]) -> Pair:
     """The product that gives the gradient of one side, of the tensors 0, the gradient of the result, and 1, the other
     side: the one that copies least, if possible such that the gradient lies as the side does."""
-    found = [
-        replace(pair, left=left, right=1 - left)
-        for left, (a, b) in enumerate(((result, other), (other, result)))
-        for pair in pairs_of(a, b, side)
-    ]
+    found = []
+    for left, (a, b) in enumerate(((result, other), (other, result))):
+        for pair in pairs_of(a, b, side):
+            numbered = replace(pair, left=left, right=1 - left)
+            # where a side is copied anyhow, it may be into the order of the gradient
+            mine, theirs = (tuple(name for name in side if name in of) for of in (pair.only_left, pair.only_right))
+            found += [numbered, replace(numbered, only_left=mine, only_right=theirs)]
     lies = (result, other)
 
     def copied(pair: Pair) -> tuple[int, bool]:
@@ -93,16 +97,24 @@ def seconds_of(cost: TrainingCost, pairs: Sequence[Pair], cut: Cut) -> float:
         if not cut.first <= k < cut.last:
             seconds += cost.step(pair, sides, trained)
             continue
-        once = part.step(pair, sides, trained) + STEP * (1 + sum(trained))
-        for number, layout, need in zip((pair.left, pair.right), sides, trained, strict=True):
-            if not cut.first <= number - len(cost.layouts) < k:
-                once += need * _put(part, layout)  # its gradient
+        once = part.forward(pair) + part.backward(pair, *trained) + STEP * (1 + sum(trained))
+        for number, layout, wanted, need in zip((pair.left, pair.right), sides, pair.sides, trained, strict=True):
+            computed = number - len(cost.layouts)
+            if 0 <= computed < cut.first:  # copied before
+                seconds += cost.turned(pair, layout, wanted, need)
+            else:
+                once += part.turned(pair, layout, wanted, need)
+                if computed < 0 and any(trained) and not fits(layout, pair):  # and once more for the gradient
+                    once += part.copy(layout, wanted)
+            if not cut.first <= computed < k:
+                if cut.index in layout or any(taken in layout for taken in pair.batch):
+                    once += need * _put(part, layout)  # its gradient, which else is added to in its product
                 if fits(layout, pair) and not _cuts_well(layout, pair, cut.index):
-                    once += (1 + any(trained)) * part.copy(layout)
-        if k + 1 < cut.last:
-            once += part.again(pair, pairs) + STEP
-        else:
+                    once += (1 + any(trained)) * part.copy(layout, layout)
+        if k + 1 == cut.last:
             once += _put(part, pair.result)
+        elif not cut.keeps:
+            once += part.again(pair, pairs) + STEP
         seconds += cut.count * once
     return seconds
 
@@ -155,18 +167,21 @@ class _Sweep:
     lies: Sequence[Layout]
     needs: Sequence[bool]
 
-    def peak(self, cost: TrainingCost, inside: range, cut: Cut | None, live: int) -> int:
+    def peak(self, cost: TrainingCost, inside: range, cut: Cut | None, live: int, index: str | None = None) -> int:
         """Elements alive at once in the sweep over some pairs, with those that are so before it, the last gradient
-        among them."""
+        among them; in a slice of an index, where gradients of what lacks it are added up in place."""
         steps = [range(k, k + 1) for k in inside]
         if cut is not None:
             steps[cut.first : cut.last] = [range(cut.first, cut.last)]
-        kept = [self._kept(cost, step, inside) for step in steps]
+        kept = [self._kept(cost, step, inside, cut is not None and cut.keeps) for step in steps]
         live += sum(kept)
         peak = live
         for step, stored in zip(reversed(steps), reversed(kept), strict=True):
             reads = [n for k in step for n in self._sides(k) if n < self._first or n - self._first not in step]
-            made = sum(cost.size(self.lies[n]) for n in reads if self.needs[n])
+            added = {
+                n for n in reads if n - self._first not in inside and index is not None and index not in self.lies[n]
+            }
+            made = sum(cost.size(self.lies[n]) for n in reads if self.needs[n] and n not in added)
             top = cost.size(self.lies[self._first + step[-1]])
             if cut is not None and step == range(cut.first, cut.last):
                 peak = max(peak, self._sliced(cost, step, cut, live + made))
@@ -178,14 +193,20 @@ class _Sweep:
     def _sliced(self, cost: TrainingCost, step: range, cut: Cut, live: int) -> int:
         part = _part(cost, cut)
         top = part.size(self.lies[self._first + step[-1]]) if self._turned(step[-1]) else 0
-        return self.peak(part, step, None, live + top)
+        if cut.keeps:  # those of a slice are not computed again
+            top -= self._inner(part, step)
+        return self.peak(part, step, None, live + top, cut.index)
 
-    def _kept(self, cost: TrainingCost, step: range, inside: range) -> int:
+    def _inner(self, cost: TrainingCost, step: range) -> int:
+        """Elements of all results of a step but the last."""
+        return sum(cost.size(self.lies[self._first + k]) for k in step[:-1])
+
+    def _kept(self, cost: TrainingCost, step: range, inside: range, keeps: bool) -> int:
         """Elements that a step keeps for its gradients: what others computed, and copies of its own.
 
-        Of a cut, which keeps no copies, `step` has all pairs.
+        Of a cut, which keeps no copies, `step` has all pairs; it `keeps` their results or does not.
         """
-        size = 0
+        size = self._inner(cost, step) if keeps else 0
         for k in step:
             for n in self._sides(k):
                 computed = n - self._first
@@ -213,8 +234,8 @@ class _Sweep:
 
 
 def best_cut(cost: TrainingCost, arrangement: Arrangement, share: float) -> Cut | None:
-    """The slices that save most memory for the time that they take; None where they take `LONGER` times `share` longer
-    or save less than `WORTH` of the peak. Where `share` is inf, those with the lowest peak, of equals the fewest.
+    """The slices that are best by time and memory, of those that take at most `LONGER` times `share` longer; None where
+    those are hardly better than none. Where `share` is inf, those with the lowest peak, of equals the fewest.
     """
     pairs = arrangement.pairs
     if share == 0 or len(pairs) < 2 or not any(cost.trained):
@@ -226,11 +247,14 @@ def best_cut(cost: TrainingCost, arrangement: Arrangement, share: float) -> Cut 
     for cut in _cuts(cost, pairs):
         order = moved(pairs, len(cost.layouts), cut)
         peak, seconds = peak_of(cost, order, cut), seconds_of(cost, order, cut)
-        if seconds <= arrangement.seconds * (1 + LONGER * share) and peak <= whole * (1 - WORTH):
+        if peak < whole and seconds <= arrangement.seconds * (1 + LONGER * share):
             found.append((peak, seconds, cut))
-    if not found or share < math.inf:
-        worth = min(found, key=lambda f: f[1] * f[0] ** MEMORY, default=None)
-        return worth and worth[2]
+    if not found:
+        return None
+    if share < math.inf:
+        peak, seconds, best = min(found, key=lambda f: f[1] * f[0] ** MEMORY)
+        gained = 1 - seconds * peak**MEMORY / (arrangement.seconds * whole**MEMORY)
+        return best if gained >= WORTH else None
     least = min(peak for peak, _, _ in found)
     return min((cut for peak, _, cut in found if peak <= least * (1 + WORTH)), key=lambda c: c.count)
 
@@ -241,3 +265,4 @@ def _cuts(cost: TrainingCost, pairs: Sequence[Pair]) -> Iterator[Cut]:
         for count in _COUNTS:
             if count <= cost.sizes[index]:
                 yield cut_of(pairs, cost.layouts, index, count)
+                yield cut_of(pairs, cost.layouts, index, count, keeps=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,15 @@ from tncompile.ir.tree import Tree, fold_tree
 
 CALL = 6e-6
 """Seconds that PyTorch takes to begin a product and to turn its sides, on a CPU of today."""
+STREAM = 1.2e-10
+"""Seconds for each byte that a product of PyTorch reads or writes beyond what profiles say, which are of ONNX Runtime:
+0.9 ms for 0.35 for 4096×16 by 16×256, 28 for 25 for 256×2048 by 2048×2048."""
 KEPT_LAYOUTS = 6
+NEAR_TREES, ALIKE = 8, 2
+"""Of the trees whose products take least time, how many are arranged, as copies and memory decide between them; of
+those of one time, how many."""
+SHORT = 4
+"""Elements of a run below which PyTorch copies a permutation no slower."""
 Form = Literal["matmul", "outer", "outer_last"]
 
 
@@ -124,21 +133,25 @@ class TrainingCost:
         return r, m, n, k
 
     def _product(self, r: int, m: int, k: int, n: int) -> float:
+        started = CALL + STREAM * self.itemsize * r * (m * k + k * n + m * n)
         if k == 1:
-            return CALL + self.profile.multiply_time(r * m, n, self.itemsize)
+            return started + self.profile.multiply_time(r * m, n, self.itemsize)
         if m == n == 1 and r > 1:
-            return CALL + self.profile.multiply_time(r, k, self.itemsize)
-        return CALL + self.profile.matmul_time(r, m, k, n, self.itemsize, False)
+            return started + self.profile.multiply_time(r, k, self.itemsize)
+        return started + self.profile.matmul_time(r, m, k, n, self.itemsize, False)
 
     def again(self, pair: Pair, pairs: Sequence[Pair]) -> float:
         """Seconds to compute one of some pairs' results once more, with copies."""
         seconds = self.forward(pair)
         for number, side in zip((pair.left, pair.right), pair.sides, strict=True):
             if number < len(self.layouts) and not fits(self.layouts[number], pair):
-                seconds += self.copy(side)
+                seconds += self.copy(self.layouts[number], side)
         number = len(self.layouts) + pairs.index(pair)
-        copied = any(n == number and not fits(pair.result, p) for p in pairs for n in (p.left, p.right))
-        return seconds + copied * self.copy(pair.result)
+        for taker in pairs:
+            for n, side in zip((taker.left, taker.right), taker.sides, strict=True):
+                if n == number and not fits(pair.result, taker):
+                    seconds += self.copy(pair.result, side)
+        return seconds
 
     # ------------------------------------------------------------------------------ a tree
 
@@ -174,7 +187,7 @@ class TrainingCost:
     def _ending(self, way: _Way) -> float:
         """To bring the result into the order of the output, and its gradient back."""
         wanted = tuple(name for name in self.output if name in way.layout)
-        return 0.0 if wanted == way.layout else 2 * self.copy(way.layout)
+        return 0.0 if wanted == way.layout else 2 * self.copy(way.layout, wanted)
 
     def _ways(self, x: _Way, y: _Way, kept: Collection[str]) -> Iterator[_Way]:
         for left, right in ((x, y), (y, x)):
@@ -185,15 +198,20 @@ class TrainingCost:
 
     def step(self, pair: Pair, lies: tuple[Layout, Layout], trained: tuple[bool, bool]) -> float:
         """Seconds to compute a pair forward and backward, with copies of its sides, which lie so."""
-        seconds = self.forward(pair) + self.backward(pair, *trained)
-        for layout, wanted, needs in zip(lies, pair.sides, trained, strict=True):
-            if not fits(layout, pair):
-                # turned for the product, for the gradient of the other side, and its own gradient turned back
-                seconds += (2 + needs) * self.copy(wanted)
-        return seconds
+        turned = sum(self.turned(pair, *side) for side in zip(lies, pair.sides, trained, strict=True))
+        return self.forward(pair) + self.backward(pair, *trained) + turned
 
-    def copy(self, layout: Layout) -> float:
-        return self.profile.permute_time(self.size(layout), 1, self.itemsize)
+    def turned(self, pair: Pair, layout: Layout, wanted: Layout, trained: bool) -> float:
+        """Seconds for the copies of a side of a pair: for its products, and of its own gradient back."""
+        return 0.0 if fits(layout, pair) else (1 + trained) * self.copy(layout, wanted)
+
+    def copy(self, layout: Layout, wanted: Layout) -> float:
+        """Seconds to bring a tensor from one layout into another: innermost indices that stay stay together."""
+        stay = 0
+        while stay < len(layout) and layout[-1 - stay] == wanted[-1 - stay]:
+            stay += 1
+        run, size = self.size(layout[len(layout) - stay :]), self.size(layout)
+        return self.profile.permute_time(size, max(run, min(SHORT, size)), self.itemsize)
 
 
 def pairs_of(x: Layout, y: Layout, kept: Collection[str]) -> Iterator[Pair]:
@@ -242,11 +260,12 @@ def _linear(plan: _Plan, count: int) -> tuple[Pair, ...]:
 EXHAUSTIVE_UP_TO = 9
 
 
-def cheapest_tree(cost: TrainingCost) -> Tree | None:
-    """The tree whose products take least time forward and backward, copies not counted; None for too many tensors."""
+def cheapest_trees(cost: TrainingCost, most: int = NEAR_TREES) -> list[Tree]:
+    """The trees whose products take least time forward and backward, copies not counted, the first the best one; none
+    for too many tensors."""
     count = len(cost.layouts)
     if count > EXHAUSTIVE_UP_TO:
-        return None
+        return []
     full = (1 << count) - 1
     holders: dict[str, int] = {}
     for position, layout in enumerate(cost.layouts):
@@ -257,23 +276,40 @@ def cheapest_tree(cost: TrainingCost) -> Tree | None:
         inside = [name for name, mask in holders.items() if mask & subset]
         kept[subset] = tuple(n for n in inside if n in cost.output or holders[n] & ~subset)
     trained = [any(t for p, t in enumerate(cost.trained) if s >> p & 1) for s in range(full + 1)]
-    best: dict[int, tuple[float, Tree]] = {1 << p: (0.0, p) for p in range(count)}
+    best: dict[int, list[tuple[float, Tree]]] = {1 << p: [(0.0, p)] for p in range(count)}
     for subset in range(1, full + 1):
         if subset in best:
             continue
         low = subset & -subset
-        ways: list[tuple[float, int]] = []
+        ways: list[tuple[float, int, int, int]] = []
         part = (subset - 1) & subset
         while part:
             if part & low:  # each split once
                 rest = subset ^ part
                 pair = next(pairs_of(kept[part], kept[rest], kept[subset]))
                 seconds = cost.forward(pair) + cost.backward(pair, trained[part], trained[rest])
-                ways.append((best[part][0] + best[rest][0] + seconds, part))
+                for i, (a, _) in enumerate(best[part]):
+                    for j, (b, _) in enumerate(best[rest][: most // (i + 1)]):  # of those behind, `most` are no worse
+                        ways.append((a + b + seconds, part, i, j))
             part = (part - 1) & subset
-        seconds, part = min(ways)
-        best[subset] = (seconds, (best[part][1], best[subset ^ part][1]))
-    return best[full][1]
+        best[subset] = [
+            (seconds, (best[part][i][1], best[subset ^ part][j][1])) for seconds, part, i, j in _different(ways, most)
+        ]
+    return [tree for _, tree in best[full]]
+
+
+def _different(ways: list[tuple[float, int, int, int]], most: int) -> list[tuple[float, int, int, int]]:
+    """The first of some ways by seconds, `ALIKE` of those of about one time."""
+    ways.sort()
+    taken: Counter[str] = Counter()
+    found = []
+    for way in ways:
+        taken[key := f"{way[0]:.2e}"] += 1
+        if taken[key] <= ALIKE:
+            found.append(way)
+            if len(found) == most:
+                break
+    return found
 
 
 # ------------------------------------------------------------------------------------ memory

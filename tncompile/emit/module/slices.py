@@ -1,4 +1,4 @@
-"""Products in slices of one index, whose results are not kept for the gradients but computed again slice by slice."""
+"""Products in slices of one index, whose results are computed again for the gradients slice by slice, or kept."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tncompile.emit.module.products import product
-from tncompile.emit.module.steps import Product, Sliced
+from tncompile.emit.module.products import add_product, product
+from tncompile.emit.module.steps import Gradient, Product, Sliced, Turn
 
 Tensor = torch.Tensor
 
@@ -22,50 +22,68 @@ def in_slices(step: Sliced, tensors: Sequence[Tensor]) -> Tensor:
     dual = torch.autograd.forward_ad._current_level >= 0
     if dual or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _result(step.products, tensors)
-    result: Tensor = _InSlices.apply(step, *tensors)  # type: ignore[no-untyped-call]
+    keeps = step.keeps and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    result: Tensor = _InSlices.apply(step, keeps, *tensors)  # type: ignore[no-untyped-call]
     return result
 
 
 def _result(products: Sequence[Product], tensors: Sequence[Tensor]) -> Tensor:
     values: list[Tensor | None] = [*tensors]
     for p in products:
-        left, right = values[p.left], values[p.right]
-        values[p.left] = values[p.right] = None  # each is taken once
-        assert left is not None and right is not None
-        values.append(product(p, left, right))
+        values.append(product(p, *_taken(p, values)))
     result = values[-1]
     assert result is not None
     return result
 
 
+def _taken(p: Product, values: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """The sides of a product, each of which is taken once."""
+    left, right = values[p.left], values[p.right]
+    values[p.left] = values[p.right] = None
+    assert left is not None and right is not None
+    return left, right
+
+
 class _InSlices(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: Sliced, *tensors: Tensor) -> Tensor:
-        ctx.step = step
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, step: Sliced, keeps: bool, *tensors: Tensor) -> Tensor:
+        kept: list[Tensor] = []
         total = _Total(step.axes[-1])
         for start, length, size in _parts(step, tensors):
-            total.put(_result(step.products, _cut(step, tensors, start, length)), start, size)
+            values: list[Tensor | None] = [*_cut(step, tensors, start, length)]
+            for p in step.products[:-1]:
+                made = product(p, *_taken(p, values))
+                values.append(made)
+                if keeps:
+                    kept.append(made)
+                del made
+            total.add(step.products[-1], None, *_taken(step.products[-1], values), start, size)
+        ctx.step, ctx.count, ctx.keeps = step, len(tensors), keeps
+        ctx.save_for_backward(*tensors, *kept)
         return total.value()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         step: Sliced = ctx.step
-        tensors: tuple[Tensor, ...] = ctx.saved_tensors
-        needs: tuple[bool, ...] = ctx.needs_input_grad[1:]
+        tensors: tuple[Tensor, ...] = ctx.saved_tensors[: ctx.count]
+        kept: tuple[Tensor, ...] = ctx.saved_tensors[ctx.count :]
+        needs: tuple[bool, ...] = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself
             trained = [t for t, need in zip(tensors, needs, strict=True) if need]
             found = iter(torch.autograd.grad(_result(step.products, tensors), trained, grad, create_graph=True))
-            return None, *(next(found) if need else None for need in needs)
+            return None, None, *(next(found) if need else None for need in needs)
         grad = grad.contiguous()  # turned once, and not for each slice
         totals = [_Total(axis) for axis in step.axes[: len(tensors)]]
-        for start, length, size in _parts(step, tensors):
-            values = _values(step.products[:-1], _cut(step, tensors, start, length))
+        inner = len(step.products) - 1
+        for k, (start, length, size) in enumerate(_parts(step, tensors)):
+            part = _cut(step, tensors, start, length)
+            known = [*part, *kept[k * inner : (k + 1) * inner]]
+            values = known if ctx.keeps else _values(step.products[:-1], part)
             above = grad if step.axes[-1] is None else grad.narrow(step.axes[-1], start, length)
-            for number, part in _gradients(step, values, needs, above):
-                totals[number].put(part, start, size)
-                del part
-        return None, *(total.value() if need else None for total, need in zip(totals, needs, strict=True))
+            for number, how, left, right in _gradients(step, values, needs, above):
+                totals[number].add(how.product, how.back, left, right, start, size)
+                del left, right
+        return None, None, *(total.value() if need else None for total, need in zip(totals, needs, strict=True))
 
 
 def _values(products: Sequence[Product], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -105,14 +123,24 @@ class _Total:
             self.whole = part.new_empty([size if k == self.axis else n for k, n in enumerate(part.shape)])
         self.whole.narrow(self.axis, start, part.shape[self.axis]).copy_(part)
 
+    def add(self, p: Product, back: Turn | None, left: Tensor, right: Tensor, start: int, size: int) -> None:
+        """A product for one slice, turned `back`, as `put`."""
+        stays = self.axis is None and (back is None or back == (*range(len(back)),))
+        if self.whole is not None and stays and add_product(p, left, right, self.whole):
+            return
+        part = product(p, left, right)
+        self.put(part if back is None else part.permute(back), start, size)
+
     def value(self) -> Tensor:
         """The whole."""
         assert self.whole is not None
         return self.whole
 
 
-def _gradients(step: Sliced, values: list[Any], needs: Sequence[bool], grad: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The gradients of the tensors that need one, with their numbers, from that of the result.
+def _gradients(
+    step: Sliced, values: list[Any], needs: Sequence[bool], grad: Tensor
+) -> Iterator[tuple[int, Gradient, Tensor, Tensor]]:
+    """How the gradient of each tensor that needs one is computed, with its number, from that of the result.
 
     `values` are the tensors and the results but the last; they are let go of one by one.
     """
@@ -136,11 +164,11 @@ def _gradients(step: Sliced, values: list[Any], needs: Sequence[bool], grad: Ten
             how = gradients[k]
             both = (own, values[sides[1 - k]])
             values[sides[1 - k]] = None
-            found = product(how.product, both[how.product.left], both[how.product.right]).permute(how.back)
+            left, right = both[how.product.left], both[how.product.right]
             del both
             if sides[k] < tensors:
-                yield sides[k], found
+                yield sides[k], how, left, right
             else:
-                above[sides[k]] = found
-            del found
+                above[sides[k]] = product(how.product, left, right).permute(how.back)
+            del left, right
         del own

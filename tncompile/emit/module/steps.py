@@ -42,7 +42,8 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Sliced:
-    """Products that are computed in `count` slices of one index, and again, slice by slice, for the gradients.
+    """Products that are computed in `count` slices of one index, and their gradients too, for which results are
+    computed again slice by slice, unless it `keeps` them.
 
     They take the values `reads` of the term, which they number from 0 on, then their own results; the last is the
     result. `axes` tells where the index lies in each value and each result: None where it is not, so that slices of it,
@@ -54,6 +55,7 @@ class Sliced:
     gradients: tuple[tuple[Gradient, Gradient], ...]
     axes: tuple[int | None, ...]
     count: int
+    keeps: bool
 
 
 Step = Product | Sliced
@@ -121,7 +123,7 @@ def _sliced(
         return lies[n].index(cut.index) if cut.index in lies[n] else None
 
     own = tuple(_renumbered(p, number.__getitem__) for p in products)
-    return Sliced(tuple(reads), own, tuple(gradients), tuple(map(axis, (*reads, *inside))), cut.count)
+    return Sliced(tuple(reads), own, tuple(gradients), tuple(map(axis, (*reads, *inside))), cut.count, cut.keeps)
 
 
 def _gradient(side: Layout, result: Layout, other: Layout, size: Size) -> Gradient:
