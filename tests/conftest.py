@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from typing import Any
@@ -17,6 +18,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the expected part of tests/passes/golden")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> None:
+    """torch's exporter builds its table of some 500 functions anew for each model, which is most of a small export."""
+    from torch.onnx._internal.exporter import _registration
+
+    table = _registration.ONNXRegistry
+    made = functools.cache(table.from_torchlib)
+
+    def copied(**options: Any) -> Any:
+        registry, found = table(), made(**options)
+        registry._opset_version = found._opset_version
+        registry.functions = {name: [*functions] for name, functions in found.functions.items()}
+        return registry
+
+    table.from_torchlib = staticmethod(copied)  # type: ignore[method-assign, assignment]
 
 
 @pytest.fixture
