@@ -36,7 +36,8 @@ class TrainingOrder(Pass):
     ```
 
     1. Nothing is computed at compile time: weights are inputs of the program. Merging all of them first, as a
-       reconstructed layer does, is a candidate at what it costs in every step. Between trees of about one time, memory decides.
+       reconstructed layer does, is a candidate at what it costs in every step. Between trees of about one time memory
+       decides.
     2. A product costs its own time and that of one more for each side through which a gradient flows: `trained` names
        the inputs of the program that need one.
     3. Where no one order is good at all batch sizes, several serve one range each.

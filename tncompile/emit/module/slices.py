@@ -65,8 +65,8 @@ class _InSlices(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         step: Sliced = ctx.step
-        tensors: tuple[Tensor, ...] = ctx.saved_tensors[: ctx.count]
-        kept: tuple[Tensor, ...] = ctx.saved_tensors[ctx.count :]
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        tensors, kept = saved[: ctx.count], saved[ctx.count :]
         needs: tuple[bool, ...] = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself
             trained = [t for t, need in zip(tensors, needs, strict=True) if need]
