@@ -23,6 +23,7 @@ from tncompile.emit.file import Written
 from tncompile.emit.onnxfile import OnnxFile
 from tncompile.errors import CheckError, TNCompileError
 from tncompile.passes import DEFAULT, Context, Pass
+from tncompile.runtime import check as check_module
 from tncompile.runtime import traced as traced_module
 from tncompile.runtime.accuracy import FACTOR, OutputCheck, relative_error
 from tncompile.runtime.check import check
@@ -176,6 +177,33 @@ def test_a_compile_with_a_faulty_pass_raises() -> None:
     with pytest.raises(CheckError, match="not as exact as it must be: output: error"):
         tncompile.compile(model_of(), inputs, passes=(Wrong(), *DEFAULT))
     tncompile.compile(model_of(), inputs, passes=(Wrong(), *DEFAULT), check=False)
+
+
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 1 << 14))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cumsum(torch.tanh(x) * self.scale, -1)[:, -1:]
+
+
+def test_an_error_of_onnx_runtimes_own_operators_is_no_error_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It adds up numbers one by one; eager PyTorch does not. What is off by more than rounding is refused all the same,
+    also where the exporter errs with it."""
+    inputs = (torch.randn(2, 1 << 14),)
+    compiled = tncompile.compile(Summed(), inputs)
+    (output,) = compiled.report.check.outputs
+    assert output.exported is not None and FACTOR * output.eager < output.error <= output.bound <= 1e-4
+    assert "torch's own export's" in str(output)
+
+    def wrong(exported: Any, path: Path) -> None:
+        path.write_bytes(bad)
+
+    bad = tampered(compiled.onnx, 1e4)
+    assert not check(Session(bad), compiled.traced).passed
+    monkeypatch.setattr(check_module, "export_plain", wrong)
+    assert not check(Session(bad), compiled.traced).passed
 
 
 def test_where_eager_is_no_number_the_bound_is_that_of_the_dtype(
