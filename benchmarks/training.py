@@ -152,7 +152,10 @@ def main() -> None:
         for form in args.forms:
             results += measure(form, size, args.rounds, args.memory)
             print(table(results[-len(BATCHES) :]), flush=True)
-    conditions = f"{processor()}; Python {platform.python_version()}, torch {torch.__version__}; one thread, medians."
+    conditions = (
+        f"{processor()}; Python {platform.python_version()}, torch {torch.__version__}; one thread, medians; "
+        f'`memory="{args.memory}"`.'
+    )
     text = f"{table(results)}\n\nConditions: {conditions}"
     if args.write:
         page = args.write.read_text("utf-8")

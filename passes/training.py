@@ -109,14 +109,11 @@ def _choose(network: Network, term: Term, context: Context, trained: Collection[
         return BatchPlans((Candidate(TRACED, term.order, (), (0.0,) * len(context.batches)),))
     sizes = [context.index_sizes(network, batch) for batch in context.batches]
     costs = [training_cost(network, term, s, trained, context.profile) for s in sizes]
-    trees: dict[Tree, str] = {term.order: TRACED}
-    for cost in costs:
-        trees.setdefault(_best(cost, _found(term, cost, context)), "")
     fixed = [all(isinstance(i.size, int) for i in t.indices) for t in term.tensors]
     merged = _search(costs[-1], fixed, context).dense()  # what a layer with its weight reconstructed computes
-    if merged is not None:
-        trees[merged] = DENSE
-    ways = [Candidate(label, tree, (), tuple(c.arrange(tree).seconds for c in costs)) for tree, label in trees.items()]
+    labels = {term.order: TRACED} | ({} if merged is None else {merged: DENSE})
+    trees = dict.fromkeys(_best(cost, [*labels, *_found(term, cost, context)]) for cost in costs)
+    ways = [Candidate(labels.get(tree, ""), tree, (), tuple(c.arrange(tree).seconds for c in costs)) for tree in trees]
     return choose(ways, context.batches, _BRANCH if dynamic else float("inf"), 0.0)
 
 

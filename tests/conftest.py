@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import signal
@@ -23,18 +24,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_table_of_operators() -> None:
     """torch's exporter builds its table of some 500 functions anew for each model, which is most of a small export."""
-    from torch.onnx._internal.exporter import _registration
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    table = _registration.ONNXRegistry
-    made = functools.cache(table.from_torchlib)
+        made = functools.cache(ONNXRegistry.from_torchlib)
+    except (ImportError, AttributeError):  # another torch: it takes its time
+        return
 
-    def copied(**options: Any) -> Any:
-        registry, found = table(), made(**options)
-        registry._opset_version = found._opset_version
-        registry.functions = {name: [*functions] for name, functions in found.functions.items()}
+    def copied(*args: Any, **options: Any) -> Any:
+        registry = copy.copy(made(*args, **options))
+        registry.functions = {name: [*functions] for name, functions in registry.functions.items()}
         return registry
 
-    table.from_torchlib = staticmethod(copied)  # type: ignore[method-assign, assignment]
+    ONNXRegistry.from_torchlib = staticmethod(copied)  # type: ignore[method-assign, assignment]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from tests import strategies
 from tests.helpers import program_of
@@ -160,6 +161,60 @@ def test_derivatives_of_slices(monkeypatch: pytest.MonkeyPatch, index: str, keep
     torch.testing.assert_close(single.sum(0), whole)
 
 
+TWICE = """
+program
+  input x: float64[batch, 3]
+  input w: float64[3, 3]
+  network y: float64[batch, 3]
+    indices batch=batch, i=3, j=3, k=3
+    term
+      0 operand x[batch, i]
+      1 operand w[i, j]
+      2 operand w[j, k]
+      order ((0 1) 2)
+    -> y[batch, k]
+  output y = y
+"""
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_slices_of_a_tensor_that_is_there_twice(monkeypatch: pytest.MonkeyPatch, keeps: bool) -> None:
+    """Its gradients add up once, also where they are to be differentiated."""
+    monkeypatch.setattr(
+        "tncompile.emit.module.plan.best_cut",
+        lambda cost, arranged, _: cut_of(arranged.pairs, cost.layouts, "j", 2, keeps),
+    )
+    (network,) = program_of(TWICE).networks
+    module, _ = contraction(network, {"batch": 2}, 0.01)
+    x, w = (torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64, requires_grad=True))
+    (expected,) = torch.autograd.grad((x @ w @ w).pow(2).sum(), w)
+    for create_graph in (False, True):
+        result = module([x, w, w], []).pow(2).sum()
+        (found,) = torch.autograd.grad(result, w, create_graph=create_graph)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_slices_of_nothing_under_autocast_and_inside_a_checkpoint(monkeypatch: pytest.MonkeyPatch, keeps: bool) -> None:
+    monkeypatch.setattr(
+        "tncompile.emit.module.plan.best_cut",
+        lambda cost, arranged, _: cut_of(arranged.pairs, cost.layouts, "o", 4, keeps),
+    )
+    (network,) = program_of(DENSE).networks
+    module, _ = contraction(network, {"batch": 4}, 0.01)
+    weights = [torch.randn(s, requires_grad=True) for s in ((512, 64), (64, 512))]
+    nothing = torch.autograd.grad(module([torch.randn(0, 512), *weights], []).sum(), weights)
+    assert all(not gradient.any() for gradient in nothing)
+    x = torch.randn(4, 512)
+    expected = torch.autograd.grad(module([x, *weights], []).sum(), weights)
+    again = checkpoint(lambda *given: module(given, []), x, *weights, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.sum(), weights), expected)
+    result = module([x, *weights], []).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(result, weights)
+    torch.testing.assert_close(found, expected)
+
+
 DENSE = """
 program
   input x: float32[batch, 512]
@@ -180,7 +235,8 @@ program
 def allocated(module: Contraction, tensors: Sequence[torch.Tensor]) -> int:
     """The most bytes that PyTorch allocates at once, forward and backward."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        module(tensors, []).sum().backward()
+        result = module(tensors, [])  # which the caller holds
+        result.sum().backward()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
@@ -201,6 +257,55 @@ def test_slices_lower_the_peak_as_predicted() -> None:
         peaks.append(allocated(module, tensors))
         assert predicted == pytest.approx(peaks[-1], rel=0.25)
     assert peaks[1] < 0.5 * peaks[0]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("index", ["batch", "i", "o"])
+def test_the_peak_of_slices_is_as_predicted(monkeypatch: pytest.MonkeyPatch, index: str, keeps: bool) -> None:
+    (network,) = program_of(DENSE).networks
+    found: list[tuple[int, float]] = []
+
+    def cut(cost: TrainingCost, arranged: Arrangement, _: float) -> Cut:
+        chosen = cut_of(arranged.pairs, cost.layouts, index, 4, keeps)
+        pairs = moved(arranged.pairs, len(cost.layouts), chosen)
+        found.append((peak_of(cost, pairs, chosen), seconds_of(cost, pairs, chosen) / arranged.seconds))
+        return chosen
+
+    monkeypatch.setattr("tncompile.emit.module.plan.best_cut", cut)
+    module, _ = contraction(network, {"batch": 256}, 0.01)
+    tensors = [torch.randn(s, requires_grad=True) for s in ((256, 512), (512, 64), (64, 512))]
+    ((predicted, ratio),) = found
+    assert predicted == pytest.approx(allocated(module, tensors), rel=0.3)
+    assert ratio > 1  # a slice takes time, and saves none
+
+
+def test_memory_decides_between_trees_of_one_time() -> None:
+    """Whatever the order is in which the model has it."""
+    sizes = {"batch": 32, "i1": 8, "i2": 16, "r": 4, "o1": 8, "o2": 8}
+    chosen = set()
+    for order in ("((0 1) 2)", "((0 2) 1)", "(0 (1 2))"):
+        program = program_of(f"""
+program
+  input x: float32[32, 8, 16]
+  input a: float32[8, 8, 4]
+  input b: float32[4, 16, 8]
+  network y: float32[32, 8, 8]
+    indices batch=32, i1=8, i2=16, r=4, o1=8, o2=8
+    term
+      0 operand x[batch, i1, i2]
+      1 operand a[i1, o1, r]
+      2 operand b[r, i2, o2]
+      order {order}
+    -> y[batch, o1, o2]
+  output y = y
+""")
+        ordered, _ = TrainingOrder(frozenset("xab")).run(program, Context(batches=(32,)))
+        chosen.add(ordered.networks[0].terms[0].order)
+    assert len(chosen) == 1
+    cost = TrainingCost(
+        [("batch", "i1", "i2"), ("i1", "o1", "r"), ("r", "i2", "o2")], ("batch", "o1", "o2"), sizes, [True] * 3, PROFILE
+    )
+    assert chosen <= {*cheapest_trees(cost)}
 
 
 def test_slices_take_no_longer_than_allowed() -> None:

@@ -84,6 +84,16 @@ def gradient_pair(side: Layout, result: Layout, other: Layout, size: Callable[[C
     return min(found, key=copied)
 
 
+def adds_up(side: Layout, result: Layout, other: Layout, size: Callable[[Collection[str]], int]) -> bool:
+    """Whether the gradient of a side that lacks the index of the slices is added to in the product that gives it."""
+    pair = gradient_pair(side, result, other, size)
+    return _is_one_call(pair) and pair.result == side
+
+
+def _is_one_call(pair: Pair) -> bool:
+    return pair.form == "matmul" and not pair.batch
+
+
 # ------------------------------------------------------------------------------------ time
 
 
@@ -91,30 +101,35 @@ def seconds_of(cost: TrainingCost, pairs: Sequence[Pair], cut: Cut) -> float:
     """Predicted seconds of a step with slices, where the pairs are in the order of the cut."""
     lies, needs = _described(cost, pairs)
     part = _part(cost, cut)
-    seconds = START
+    seconds = START + cost.ending(lies[-1])
     for k, pair in enumerate(pairs):
-        sides, trained = (lies[pair.left], lies[pair.right]), (needs[pair.left], needs[pair.right])
+        numbers, trained = (pair.left, pair.right), (needs[pair.left], needs[pair.right])
+        sides = (lies[pair.left], lies[pair.right])
         if not cut.first <= k < cut.last:
             seconds += cost.step(pair, sides, trained)
             continue
         once = part.forward(pair) + part.backward(pair, *trained) + STEP * (1 + sum(trained))
-        for number, layout, wanted, need in zip((pair.left, pair.right), sides, pair.sides, trained, strict=True):
+        for s, (number, layout, wanted) in enumerate(zip(numbers, sides, pair.sides, strict=True)):
             computed = number - len(cost.layouts)
             if 0 <= computed < cut.first:  # copied before
-                seconds += cost.turned(pair, layout, wanted, need)
+                seconds += cost.turned(pair, layout, wanted, trained[s])
             else:
-                once += part.turned(pair, layout, wanted, need)
-                if computed < 0 and any(trained) and not fits(layout, pair):  # and once more for the gradient
+                once += part.turned(pair, layout, wanted, trained[s])
+                if computed < 0 and trained[1 - s] and not fits(layout, pair):  # once more for the other's gradient
                     once += part.copy(layout, wanted)
             if not cut.first <= computed < k:
-                if cut.index in layout or any(taken in layout for taken in pair.batch):
-                    once += need * _put(part, layout)  # its gradient, which else is added to in its product
+                if cut.index in layout or not adds_up(layout, pair.result, sides[1 - s], part.size):
+                    once += trained[s] * _put(part, layout)  # its gradient
                 if fits(layout, pair) and not _cuts_well(layout, pair, cut.index):
-                    once += (1 + any(trained)) * part.copy(layout, layout)
-        if k + 1 == cut.last:
+                    once += (1 + trained[1 - s]) * part.copy(layout, layout)
+        if k + 1 < cut.last:
+            once += 0.0 if cut.keeps else part.again(pair, pairs) + STEP
+        elif cut.index in pair.result:
             once += _put(part, pair.result)
-        elif not cut.keeps:
-            once += part.again(pair, pairs) + STEP
+            if not _cuts_well(pair.result, pair, cut.index):  # the slice of its gradient
+                once += sum(trained) * part.copy(pair.result, pair.result)
+        elif not _is_one_call(pair):
+            once += _put(part, pair.result)
         seconds += cut.count * once
     return seconds
 
@@ -167,21 +182,25 @@ class _Sweep:
     lies: Sequence[Layout]
     needs: Sequence[bool]
 
-    def peak(self, cost: TrainingCost, inside: range, cut: Cut | None, live: int, index: str | None = None) -> int:
+    def peak(self, cost: TrainingCost, inside: range, cut: Cut | None, live: int, within: Cut | None = None) -> int:
         """Elements alive at once in the sweep over some pairs, with those that are so before it, the last gradient
-        among them; in a slice of an index, where gradients of what lacks it are added up in place."""
+        among them; `within` is the cut of which these pairs are a slice."""
         steps = [range(k, k + 1) for k in inside]
         if cut is not None:
             steps[cut.first : cut.last] = [range(cut.first, cut.last)]
         kept = [self._kept(cost, step, inside, cut is not None and cut.keeps) for step in steps]
+        if within is not None and within.keeps:  # all slices' results are there until the last one is done
+            kept = [0] * len(steps)
         live += sum(kept)
         peak = live
         for step, stored in zip(reversed(steps), reversed(kept), strict=True):
             reads = [n for k in step for n in self._sides(k) if n < self._first or n - self._first not in step]
-            added = {
-                n for n in reads if n - self._first not in inside and index is not None and index not in self.lies[n]
-            }
-            made = sum(cost.size(self.lies[n]) for n in reads if self.needs[n] and n not in added)
+            own = [
+                n
+                for n in reads
+                if self.needs[n] and not (within is not None and self._is_added(cost, step[0], n, within))
+            ]
+            made = sum(cost.size(self.lies[n]) for n in own)
             top = cost.size(self.lies[self._first + step[-1]])
             if cut is not None and step == range(cut.first, cut.last):
                 peak = max(peak, self._sliced(cost, step, cut, live + made))
@@ -193,9 +212,15 @@ class _Sweep:
     def _sliced(self, cost: TrainingCost, step: range, cut: Cut, live: int) -> int:
         part = _part(cost, cut)
         top = part.size(self.lies[self._first + step[-1]]) if self._turned(step[-1]) else 0
-        if cut.keeps:  # those of a slice are not computed again
-            top -= self._inner(part, step)
-        return self.peak(part, step, None, live + top, cut.index)
+        return self.peak(part, step, None, live + top, cut)
+
+    def _is_added(self, cost: TrainingCost, k: int, n: int, cut: Cut) -> bool:
+        """Whether the gradient of what is no result of a cut, of a side of pair k, is added up in place."""
+        left, right = self._sides(k)
+        if cut.first <= n - self._first < cut.last or cut.index in self.lies[n]:
+            return False
+        other = self.lies[right if n == left else left]
+        return adds_up(self.lies[n], self.pairs[k].result, other, cost.size)
 
     def _inner(self, cost: TrainingCost, step: range) -> int:
         """Elements of all results of a step but the last."""

@@ -181,13 +181,13 @@ class TrainingCost:
             return sorted(found.values(), key=lambda way: way.seconds)[:KEPT_LAYOUTS]
 
         ways = fold_tree(tree, leaf, join)
-        total, best = min(((w.seconds + self._ending(w), w) for w in ways), key=lambda found: found[0])
+        total, best = min(((w.seconds + self.ending(w.layout), w) for w in ways), key=lambda found: found[0])
         return Arrangement(_linear(best.plan, len(self.layouts)), total)
 
-    def _ending(self, way: _Way) -> float:
-        """To bring the result into the order of the output, and its gradient back."""
-        wanted = tuple(name for name in self.output if name in way.layout)
-        return 0.0 if wanted == way.layout else 2 * self.copy(way.layout, wanted)
+    def ending(self, layout: Layout) -> float:
+        """Seconds to bring the result into the order of the output, and its gradient back."""
+        wanted = tuple(name for name in self.output if name in layout)
+        return 0.0 if wanted == layout else 2 * self.copy(layout, wanted)
 
     def _ways(self, x: _Way, y: _Way, kept: Collection[str]) -> Iterator[_Way]:
         for left, right in ((x, y), (y, x)):
@@ -211,7 +211,7 @@ class TrainingCost:
         while stay < len(layout) and layout[-1 - stay] == wanted[-1 - stay]:
             stay += 1
         run, size = self.size(layout[len(layout) - stay :]), self.size(layout)
-        return self.profile.permute_time(size, max(run, min(SHORT, size)), self.itemsize)
+        return self.profile.permute_time(size, max(run, min(SHORT, size), 1), self.itemsize)
 
 
 def pairs_of(x: Layout, y: Layout, kept: Collection[str]) -> Iterator[Pair]:

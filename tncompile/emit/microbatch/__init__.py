@@ -103,7 +103,7 @@ def _sizes(region: Region, threads: int) -> MicroBatches | None:
         most = 2
         while cost > _SMALL_COST * most * region.microseconds and 2 * most * region.bytes <= _SLICE:
             most *= 2
-    if cost > _COST * most * region.streamed:
+    if cost > _COST * most * region.streamed_microseconds:
         return None
     while cost > _LARGE_COST * least * region.microseconds and least < most:
         least *= 2

@@ -24,8 +24,8 @@ class Region:
     """Nodes in order, what they read of the batch, and what others read of theirs.
 
     For one sample: `bytes` are the most that the arrays around one node take, `shown` those of outputs of the model,
-    `microseconds` the order of the time for all of it on one core where its arrays are in the cache, `streamed` where
-    they are not. `weights`: bytes of all it reads that is constant.
+    `microseconds` the order of the time for all of it on one core where its arrays are in the cache, and
+    `streamed_microseconds` where they are not. `weights`: bytes of all it reads that is constant.
     """
 
     nodes: tuple[onnx_ir.Node, ...]
@@ -36,7 +36,7 @@ class Region:
     bytes: int
     shown: int
     microseconds: float
-    streamed: float
+    streamed_microseconds: float
 
 
 def find_region(graph: onnx_ir.Graph, batch: str) -> Region | None:

@@ -23,8 +23,8 @@ def add_product(step: Product, left: Tensor, right: Tensor, total: Tensor) -> bo
     if step.form != "matmul" or step.batch or step.laid is not None or not total.is_contiguous():
         return False
     left, right = _turned(left, step.turns[0]), _turned(right, step.turns[1])
-    summed = math.prod(right.shape[: step.summed])
-    m, n = left.numel() // max(summed, 1), right.numel() // max(summed, 1)
+    k = step.summed
+    m, summed, n = math.prod(left.shape[: left.ndim - k]), math.prod(right.shape[:k]), math.prod(right.shape[k:])
     total.view(m, n).addmm_(_as(left, m, summed), _as(right, summed, n))
     return True
 

@@ -69,21 +69,32 @@ class _InSlices(torch.autograd.Function):
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         needs: tuple[bool, ...] = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself
-            trained = [t for t, need in zip(tensors, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(_result(step.products, tensors), trained, grad, create_graph=True))
+            sides = [t.view_as(t) for t in tensors]  # one tensor may be two of them
+            trained = [t for t, need in zip(sides, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(_result(step.products, sides), trained, grad, create_graph=True))
             return None, None, *(next(found) if need else None for need in needs)
-        grad = grad.contiguous()  # turned once, and not for each slice
-        totals = [_Total(axis) for axis in step.axes[: len(tensors)]]
-        inner = len(step.products) - 1
-        for k, (start, length, size) in enumerate(_parts(step, tensors)):
-            part = _cut(step, tensors, start, length)
-            known = [*part, *kept[k * inner : (k + 1) * inner]]
-            values = known if ctx.keeps else _values(step.products[:-1], part)
-            above = grad if step.axes[-1] is None else grad.narrow(step.axes[-1], start, length)
-            for number, how, left, right in _gradients(step, values, needs, above):
-                totals[number].add(how.product, how.back, left, right, start, size)
-                del left, right
-        return None, None, *(total.value() if need else None for total, need in zip(totals, needs, strict=True))
+        if not torch.is_autocast_enabled(grad.device.type):
+            return None, None, *_sweep(step, tensors, kept, ctx.keeps, needs, grad)
+        with torch.autocast(grad.device.type, enabled=False):  # dtypes are those of the forward products
+            return None, None, *_sweep(step, tensors, kept, ctx.keeps, needs, grad)
+
+
+def _sweep(
+    step: Sliced, tensors: Sequence[Tensor], kept: Sequence[Tensor], keeps: bool, needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of the tensors that need one, slice by slice."""
+    grad = grad.contiguous()  # turned once, and not for each slice
+    totals = [_Total(axis) for axis in step.axes[: len(tensors)]]
+    inner = len(step.products) - 1
+    for k, (start, length, size) in enumerate(_parts(step, tensors)):
+        part = _cut(step, tensors, start, length)
+        values = [*part, *kept[k * inner : (k + 1) * inner]] if keeps else _values(step.products[:-1], part)
+        above = grad if step.axes[-1] is None else grad.narrow(step.axes[-1], start, length)
+        for number, how, left, right in _gradients(step, values, needs, above):
+            totals[number].add(how.product, how.back, left, right, start, size)
+            del left, right
+        del part, values
+    return [total.value() if need else None for total, need in zip(totals, needs, strict=True)]
 
 
 def _values(products: Sequence[Product], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -142,7 +153,7 @@ def _gradients(
 ) -> Iterator[tuple[int, Gradient, Tensor, Tensor]]:
     """How the gradient of each tensor that needs one is computed, with its number, from that of the result.
 
-    `values` are the tensors and the results but the last; they are let go of one by one.
+    `values` are the tensors and the results but the last, which the list lets go of one by one.
     """
     tensors = len(needs)
     needs = [*needs]
