@@ -55,9 +55,9 @@ def to_torch(
     stand inside a network is given an example that requires one.
 
     `batch`: the batch sizes to plan for; `sizes`: those of other dynamic dimensions. `memory`: ``"high"`` keeps every
-    intermediate for the backward pass; ``"low"`` computes those of the slices with the lowest peak again, or all where no
-    slices need less; ``"auto"`` those for which that is predicted to add at most 1% to a step, or makes slices, which
-    may add 10%.
+    intermediate for the backward pass; ``"low"`` computes again those in the slices with the lowest peak, or all where
+    no slices need less; ``"auto"`` those for which that is predicted to add at most 1% to a step, or makes slices,
+    which may add 10%.
     `profile` as in `tncompile.compile`. UnsupportedError for what cannot be traced; TNCompileError for wrong arguments.
     """
     if memory not in _SHARE:
