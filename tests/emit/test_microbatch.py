@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import tncompile
 from tests.helpers import assert_plain, nodes_of, session_of
 from tncompile import compiler
 from tncompile.emit import microbatch
-from tncompile.emit.microbatch.region import find_region
+from tncompile.emit.microbatch.region import Region, find_region
 from tncompile.emit.microbatch.samples import Samples
 from tncompile.emit.microbatch.write import write_choice
 from tncompile.runtime import settle
@@ -182,6 +183,32 @@ def test_the_smallest_batch_can_pay_for_the_choice(
 
 
 @pytest.mark.usefixtures("small_cache")
+class Light(nn.Module):
+    """Little work on large images, as two convolutions in TT form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.narrow, self.wide = nn.Conv2d(64, 2, (3, 1), padding=(1, 0)), nn.Conv2d(2, 128, (1, 3), padding=(0, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.wide(self.narrow(x)).transpose(2, 3) + 1)
+
+
+def test_light_work_on_images_from_memory_is_worth_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Scan costs is compared with the whole batch, whose images come from memory."""
+    compiled = tncompile.compile(Light(), (torch.randn(2, 64, 16, 16),), batch=256, threads=1, check=False)
+    assert compiled.report.micro_batches is not None
+    found = microbatch.find_region
+    monkeypatch.setattr(microbatch, "find_region", lambda *given: as_if_cached(found(*given)))
+    compiled = tncompile.compile(Light(), (torch.randn(2, 64, 16, 16),), batch=256, threads=1, check=False)
+    assert compiled.report.micro_batches is None
+
+
+def as_if_cached(region: Region | None) -> Region | None:
+    return None if region is None else replace(region, streamed_microseconds=region.microseconds)
+
+
 def test_a_fixed_batch_is_left_alone() -> None:
     exported = torch.export.export(Net().eval(), (torch.randn(64, 3, 16, 16),))
     compiled = compiler.compile_exported(exported)
