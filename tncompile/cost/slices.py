@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tncompile.cost.layouts import Layout
-from tncompile.cost.training import Arrangement, Pair, TrainingCost, fits, pairs_of
+from tncompile.cost.training import Arrangement, Pair, TrainingCost, fits, pairs_of, relaid
 
 START = 4e-5
 """Seconds that PyTorch takes to begin a function of ours, forward and backward."""
@@ -243,8 +243,7 @@ class _Sweep:
 
     def _turned(self, k: int) -> bool:
         """Whether the result of a pair is copied into another order, and its gradient back."""
-        takers = (p for p in self.pairs if self._first + k in (p.left, p.right))
-        return any(not fits(self.lies[self._first + k], p) for p in takers)
+        return self._first + k in relaid(self.pairs, self._first)
 
     def _sides(self, k: int) -> tuple[int, int]:
         return self.pairs[k].left, self.pairs[k].right

@@ -147,11 +147,8 @@ class TrainingCost:
             if number < len(self.layouts) and not fits(self.layouts[number], pair):
                 seconds += self.copy(self.layouts[number], side)
         number = len(self.layouts) + pairs.index(pair)
-        for taker in pairs:
-            for n, side in zip((taker.left, taker.right), taker.sides, strict=True):
-                if n == number and not fits(pair.result, taker):
-                    seconds += self.copy(pair.result, side)
-        return seconds
+        laid = relaid(pairs, len(self.layouts)).get(number)
+        return seconds + (self.copy(pair.result, laid) if laid is not None else 0.0)
 
     # ------------------------------------------------------------------------------ a tree
 
@@ -234,6 +231,17 @@ def fits(layout: Layout, pair: Pair) -> bool:
     if pair.form == "matmul" and len(groups) > 1 and layout[-1:] == pair.batch[-1:]:
         return False
     return any(sum(order, ()) == layout for order in itertools.permutations(groups))
+
+
+def relaid(pairs: Sequence[Pair], count: int) -> dict[int, Layout]:
+    """How results are to lie that have to be copied for the product that takes them, by their numbers, which go on from
+    those of `count` tensors: copied once, where they are made, and not again for each gradient."""
+    return {
+        number: side
+        for pair in pairs
+        for number, side in zip((pair.left, pair.right), pair.sides, strict=True)
+        if number >= count and not fits(pairs[number - count].result, pair)
+    }
 
 
 def _linear(plan: _Plan, count: int) -> tuple[Pair, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tncompile.cost.layouts import Layout
 from tncompile.cost.slices import Cut, gradient_pair, moved
-from tncompile.cost.training import Form, Pair, fits
+from tncompile.cost.training import Form, Pair, relaid
 
 Turn = tuple[int, ...]
 Size = Callable[[Collection[str]], int]
@@ -68,7 +68,7 @@ def steps_of(
     if cut is not None:
         pairs = moved(pairs, len(layouts), cut)
     lies = [*layouts]
-    wanted = _wanted(pairs, len(lies))
+    wanted = relaid(pairs, len(lies))
     products = []
     for pair in pairs:
         laid = wanted.get(len(lies))
@@ -81,17 +81,6 @@ def steps_of(
     sliced = _sliced(products[cut.first : cut.last], pairs[cut.first : cut.last], inside, lies, cut, size)
     after = [_renumbered(p, lambda n: n if n < inside[0] else n - len(inside) + 1) for p in products[cut.last :]]
     return [*products[: cut.first], sliced, *after], lies[-1]
-
-
-def _wanted(pairs: Sequence[Pair], count: int) -> dict[int, Layout]:
-    """How results are to lie that have to be copied for the product that takes them: copied once, where they are made,
-    and not again for each gradient."""
-    return {
-        number: side
-        for pair in pairs
-        for number, side in zip((pair.left, pair.right), pair.sides, strict=True)
-        if number >= count and not fits(pairs[number - count].result, pair)
-    }
 
 
 def _product(pair: Pair, lies: Sequence[Layout], laid: Layout | None) -> Product:
