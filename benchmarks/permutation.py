@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.models import CASES
+from benchmarks.report import between
 from tncompile.decomp import BlockTrain, MatrixTrain, Ranks, Tucker, by_correlation
 from tncompile.decomp.modes import balanced
 from tncompile.decomp.treeformat import TreeFactorized
@@ -81,9 +81,8 @@ def main() -> None:
     text = table([measure(name, weight) for name, weight in weights()])
     print(text)
     if args.write is not None:
-        page = args.write.read_text()
-        found = re.sub(f"{START}.*{END}", lambda _: f"{START}\n{text}\n{END}", page, flags=re.DOTALL)
-        args.write.write_text(found)
+        page = args.write.read_text("utf-8")
+        args.write.write_text(between(page, text, START, END), "utf-8")
 
 
 if __name__ == "__main__":

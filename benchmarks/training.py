@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import re
 import statistics
 import time
 import warnings
@@ -23,6 +22,7 @@ from typing import get_args
 import torch
 
 import tncompile
+from benchmarks.report import between
 from tncompile.cost.devices import processor
 from tncompile.training import Memory
 
@@ -159,8 +159,7 @@ def main() -> None:
     text = f"{table(results)}\n\nConditions: {conditions}"
     if args.write:
         page = args.write.read_text("utf-8")
-        block = f"{START}\n{text}\n{END}"
-        args.write.write_text(re.sub(f"{START}.*{END}", lambda _: block, page, flags=re.DOTALL), "utf-8")
+        args.write.write_text(between(page, text, START, END), "utf-8")
 
 
 if __name__ == "__main__":

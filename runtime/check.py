@@ -131,7 +131,7 @@ def _as_exported(
                 given = dict(zip(session.inputs, (feeds[name] for name in names), strict=True))
                 reference, _ = original.run(feeds)
                 pairs = zip(session.run(given).values(), reference, strict=True)
-                worst = [max(e, relative_error(*pair)) for e, pair in zip(worst, pairs, strict=True)]
+                worst = [float(np.maximum(e, relative_error(*pair))) for e, pair in zip(worst, pairs, strict=True)]
             session.close()
     except Exception:  # whatever the exporter raises: then there is nothing to compare with
         return list(checks)

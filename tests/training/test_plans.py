@@ -137,15 +137,20 @@ def test_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(lambda *given: module(given, []), tensors)
 
 
+def sliced(monkeypatch: pytest.MonkeyPatch, index: str, count: int, keeps: bool) -> None:
+    """Let every plan have slices of an index."""
+
+    def cut(cost: TrainingCost, arranged: Arrangement, _: float) -> Cut | None:
+        return cut_of(arranged.pairs, cost.layouts, index, count, keeps) if arranged.pairs else None
+
+    monkeypatch.setattr("tncompile.emit.module.plan.best_cut", cut)
+
+
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("index", ["batch", "i1", "i2", "r", "o1", "o2"])
 def test_derivatives_of_slices(monkeypatch: pytest.MonkeyPatch, index: str, keeps: bool) -> None:
     """First and second ones, forward ones, and of single examples by torch.func."""
-
-    def cut(cost: TrainingCost, arranged: Arrangement, _: float) -> Cut | None:
-        return cut_of(arranged.pairs, cost.layouts, index, 2, keeps) if arranged.pairs else None
-
-    monkeypatch.setattr("tncompile.emit.module.plan.best_cut", cut)
+    sliced(monkeypatch, index, 2, keeps)
     (network,) = program_of(CHAIN).networks
     module, _ = contraction(network, {"batch": 3}, 0.0)
     assert any(isinstance(step, Sliced) for step in module.plans[0].terms[0].steps)
@@ -180,10 +185,7 @@ program
 @pytest.mark.parametrize("keeps", [False, True])
 def test_slices_of_a_tensor_that_is_there_twice(monkeypatch: pytest.MonkeyPatch, keeps: bool) -> None:
     """Its gradients add up once, also where they are to be differentiated."""
-    monkeypatch.setattr(
-        "tncompile.emit.module.plan.best_cut",
-        lambda cost, arranged, _: cut_of(arranged.pairs, cost.layouts, "j", 2, keeps),
-    )
+    sliced(monkeypatch, "j", 2, keeps)
     (network,) = program_of(TWICE).networks
     module, _ = contraction(network, {"batch": 2}, 0.01)
     x, w = (torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64, requires_grad=True))
@@ -196,10 +198,7 @@ def test_slices_of_a_tensor_that_is_there_twice(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_slices_of_nothing_under_autocast_and_inside_a_checkpoint(monkeypatch: pytest.MonkeyPatch, keeps: bool) -> None:
-    monkeypatch.setattr(
-        "tncompile.emit.module.plan.best_cut",
-        lambda cost, arranged, _: cut_of(arranged.pairs, cost.layouts, "o", 4, keeps),
-    )
+    sliced(monkeypatch, "o", 4, keeps)
     (network,) = program_of(DENSE).networks
     module, _ = contraction(network, {"batch": 4}, 0.01)
     weights = [torch.randn(s, requires_grad=True) for s in ((512, 64), (64, 512))]
@@ -342,10 +341,7 @@ def test_slices_keep_what_is_not_computed_again(monkeypatch: pytest.MonkeyPatch)
     (network,) = program_of(DENSE).networks
     gradients, kept = [], []
     for keeps in (False, True):
-        monkeypatch.setattr(
-            "tncompile.emit.module.plan.best_cut",
-            lambda cost, arranged, _, keeps=keeps: cut_of(arranged.pairs, cost.layouts, "o", 4, keeps),
-        )
+        sliced(monkeypatch, "o", 4, keeps)
         module, _ = contraction(network, {"batch": 16}, 0.01)
         generator = torch.Generator().manual_seed(0)
         shapes = ((16, 512), (512, 64), (64, 512))

@@ -188,18 +188,15 @@ class _Sweep:
         steps = [range(k, k + 1) for k in inside]
         if cut is not None:
             steps[cut.first : cut.last] = [range(cut.first, cut.last)]
-        kept = [self._kept(cost, step, inside, cut is not None and cut.keeps) for step in steps]
-        if within is not None and within.keeps:  # all slices' results are there until the last one is done
+        if within is not None and within.keeps:  # they are there already, and until the last slice is done
             kept = [0] * len(steps)
+        else:
+            kept = [self._kept(cost, step, inside, cut is not None and cut.keeps) for step in steps]
         live += sum(kept)
         peak = live
         for step, stored in zip(reversed(steps), reversed(kept), strict=True):
             reads = [n for k in step for n in self._sides(k) if n < self._first or n - self._first not in step]
-            own = [
-                n
-                for n in reads
-                if self.needs[n] and not (within is not None and self._is_added(cost, step[0], n, within))
-            ]
+            own = [n for n in reads if self.needs[n] and not self._is_added(cost, step[0], n, within)]
             made = sum(cost.size(self.lies[n]) for n in own)
             top = cost.size(self.lies[self._first + step[-1]])
             if cut is not None and step == range(cut.first, cut.last):
@@ -214,24 +211,20 @@ class _Sweep:
         top = part.size(self.lies[self._first + step[-1]]) if self._turned(step[-1]) else 0
         return self.peak(part, step, None, live + top, cut)
 
-    def _is_added(self, cost: TrainingCost, k: int, n: int, cut: Cut) -> bool:
+    def _is_added(self, cost: TrainingCost, k: int, n: int, cut: Cut | None) -> bool:
         """Whether the gradient of what is no result of a cut, of a side of pair k, is added up in place."""
         left, right = self._sides(k)
-        if cut.first <= n - self._first < cut.last or cut.index in self.lies[n]:
+        if cut is None or cut.first <= n - self._first < cut.last or cut.index in self.lies[n]:
             return False
         other = self.lies[right if n == left else left]
         return adds_up(self.lies[n], self.pairs[k].result, other, cost.size)
-
-    def _inner(self, cost: TrainingCost, step: range) -> int:
-        """Elements of all results of a step but the last."""
-        return sum(cost.size(self.lies[self._first + k]) for k in step[:-1])
 
     def _kept(self, cost: TrainingCost, step: range, inside: range, keeps: bool) -> int:
         """Elements that a step keeps for its gradients: what others computed, and copies of its own.
 
         Of a cut, which keeps no copies, `step` has all pairs; it `keeps` their results or does not.
         """
-        size = self._inner(cost, step) if keeps else 0
+        size = sum(cost.size(self.lies[self._first + k]) for k in step[:-1]) if keeps else 0
         for k in step:
             for n in self._sides(k):
                 computed = n - self._first
