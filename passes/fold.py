@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,13 +13,14 @@ from tncompile.cost.search import optimal
 from tncompile.errors import SourceRef
 from tncompile.ir import Array, Index, Network, Node, Opaque, Program, Recipe, Tensor, Term
 from tncompile.ir.core import sources_of
-from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, unique_cores
+from tncompile.ir.edit import CannotEdit, inline, merged_axes, merged_name, refine, substitute, unique_cores
 from tncompile.ir.evaluate import einsum, evaluate, evaluate_term, merge
 from tncompile.ir.tree import left_to_right
 from tncompile.passes.base import Change, Context, Pass
 
 MOST_CONSTANT_TERMS = 16
 """A sum of more products of cores is computed, and not put into what reads it term by term."""
+SHARED = "others read it too, and would compute it again"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Fold(Pass):
 
     A network P is put into its reader Q where
 
-    1. P has cores only, or is a view (one operand, no cores: free to repeat), or Q alone reads it, once;
+    1. P has cores only, or is a view (one operand, no cores: free to repeat), or Q alone reads it, once, or what it
+       becomes in Q is added into cores that Q has (several uses of one layer, an adapter whose factor others share);
     2. at most one term of P has operands, or Q only adds and rearranges it: else Q's cores would be applied
        to each term on its own;
     3. P has no constant terms, or all else in Q's term are cores: else biases would become run-time work;
@@ -81,7 +84,7 @@ class Fold(Pass):
     def _compose(self, program: Program, changes: list[Change]) -> Program:
         """One walk in order of execution; a reader takes in what it reads, which has taken in its own before."""
         nodes: dict[str, Node] = {}
-        uses = dict(program.uses)
+        uses = Counter(program.uses)
         notes: dict[str, _Notes] = {}
         shown = {name for _, name in program.outputs}
         for node in program.nodes:
@@ -91,36 +94,37 @@ class Fold(Pass):
             nodes[node.value.name] = node
         for node in nodes.values():
             if isinstance(node, Network):
-                changes.extend(notes[node.output.name].changes(node.output.name))
+                changes.extend(notes[node.output.name].changes(node.output.name, nodes))
         return replace(program, nodes=tuple(nodes.values()))
 
     def _absorb(
-        self, reader: Network, nodes: dict[str, Node], uses: dict[str, int], shown: set[str], notes: dict[str, _Notes]
+        self, reader: Network, nodes: dict[str, Node], uses: Counter[str], shown: set[str], notes: dict[str, _Notes]
     ) -> Network:
-        declined: set[str] = set()
+        declined: dict[str, str] = {}
         note = notes[reader.output.name]
         while True:
             source = next((n for n in reader.inputs if n not in declined and isinstance(nodes.get(n), Network)), None)
             if source is None:
+                note.declined.update(declined)
                 return reader
             producer = nodes[source]
             assert isinstance(producer, Network)
-            alone = uses.get(source, 0) == 1 and source not in shown
-            try:
-                self._check(producer, reader, alone)
-                merged = self._inlined(reader, producer)
-            except CannotEdit as reason:
-                declined.add(source)
-                if producer.cores and producer.operands:
-                    note.declined.append((f"{source} ({producer.label}) stays a network of its own", str(reason)))
-                continue
             reads = sum(t.name == source for t in reader.operands)
-            uses[source] -= reads
-            gone = uses[source] <= 0 and source not in shown
-            if gone:
+            others = uses[source] > reads or source in shown
+            try:
+                self._check(producer, reader)
+                merged = self._inlined(reader, producer)
+                if producer.operands and (others or reads > 1) and not is_view(producer):
+                    merged = _added(merged, reader, source, others)
+            except CannotEdit as reason:
+                declined[source] = str(reason)
+                continue
+            declined = {name: reason for name, reason in declined.items() if reason != SHARED}  # that may fit now
+            uses.update(Counter(t.name for t in merged.operands))
+            uses.subtract(t.name for t in reader.operands)
+            if not others:
                 del nodes[source]
-            for tensor in producer.operands:
-                uses[tensor.name] = uses.get(tensor.name, 0) + reads - gone
+                uses.subtract(t.name for t in producer.operands)
             note.take(notes[source])
             if all((_weighs(producer), _weighs(reader), producer.operands, producer.name != reader.name)):
                 note.composed.append(f"{producer.label} and {reader.label} composed")
@@ -143,7 +147,7 @@ class Fold(Pass):
                 raise
             return inline(reader, _computed(producer))
 
-    def _check(self, producer: Network, reader: Network, alone: bool) -> None:
+    def _check(self, producer: Network, reader: Network) -> None:
         """Raise CannotEdit, with the reason, where composition is not always right."""
         value = producer.output.name
         if producer.dtype != reader.dtype:
@@ -152,8 +156,6 @@ class Fold(Pass):
             return
         if self.apart and not is_view(producer):
             raise CannotEdit("layers are kept apart")
-        if not alone and not is_view(producer):
-            raise CannotEdit("others read it too, and would compute it again")
         moving = [t for t in producer.terms if t.operands]
         for term in reader.terms:
             reads = sum(t.name == value for t in term.operands)
@@ -164,6 +166,17 @@ class Fold(Pass):
                 raise CannotEdit("it is a sum of run-time terms, and what follows would be applied to each")
             if len(producer.terms) > 1 and (reads > 1 or any(not t.is_core for t in others)):
                 raise CannotEdit("it has a bias and meets another operand: the bias would become run-time work")
+
+
+def _added(merged: Network, reader: Network, value: str, others: bool) -> Network:
+    """A reader into which a network was put that it reads more than once, or that others read too, where that leaves
+    it no term more than it had: one in place of all that read the value, if others need that no more."""
+    moving = [t for t in merged.terms if not t.is_constant]
+    without = sum(not t.is_constant and all(o.name != value for o in t.operands) for t in reader.terms)
+    terms = merge_like_terms(merged, moving, [])
+    if len(terms) > without + (not others):
+        raise CannotEdit(SHARED)
+    return replace(merged, terms=(*terms, *(t for t in merged.terms if t.is_constant)))
 
 
 def _computed(network: Network) -> Network:
@@ -189,20 +202,22 @@ class _Notes:
 
     operations: int = 1
     composed: list[str] = field(default_factory=list)
-    declined: list[tuple[str, str]] = field(default_factory=list)
+    declined: dict[str, str] = field(default_factory=dict)
 
     def take(self, other: _Notes) -> None:
         self.operations += other.operations
         self.composed = [*other.composed, *self.composed]
-        self.declined += other.declined
+        self.declined |= other.declined
 
-    def changes(self, network: str) -> Iterator[Change]:
+    def changes(self, network: str, nodes: Mapping[str, Node]) -> Iterator[Change]:
         if self.operations > 1:
             yield Change(network, f"{self.operations} operations are one network", "nothing nonlinear between them")
         for what in self.composed:
             yield Change(network, what, "nothing nonlinear between them")
-        for what, why in dict.fromkeys(self.declined):
-            yield Change(network, what, why, declined=True)
+        for name, why in self.declined.items():
+            producer = nodes.get(name)
+            if isinstance(producer, Network) and producer.cores and producer.operands:
+                yield Change(network, f"{name} ({producer.label}) stays a network of its own", why, declined=True)
 
 
 def is_view(network: Network) -> bool:
@@ -293,17 +308,17 @@ def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
     """One term for two that apply cores to the same modes of one operand; None where that would cost more."""
     if len(a.operands) != 1 or len(b.operands) != 1 or a.operands[0].name != b.operands[0].name:
         return None
-    x, y = a.operands[0], b.operands[0]
-    if [tuple(i.size for i in g) for g in x.axes] != [tuple(i.size for i in g) for g in y.axes]:
+    output = {i.name for i in network.output.indices}
+    try:
+        a, b = _split_alike(network, a, b)
+    except CannotEdit:
         return None
+    x, y = a.operands[0], b.operands[0]
     if any(len({*t.indices}) < len(t.indices) for t in (x, y)):
         return None
-    output = {i.name for i in network.output.indices}
     if any((i != j) and {i.name, j.name} & output for i, j in zip(x.indices, y.indices, strict=True)):
         return None  # the operand is read in another order: x + x transposed
-    products = [_core_indices(network, t) for t in (a, b)]
-    largest = max((c.data.size for t in (a, b) for c in t.cores if c.data is not None), default=0)
-    if not (a.cores and b.cores) or any(math.prod(int(i.size) for i in p) > largest for p in products):
+    if not (a.cores and b.cores):
         return None
     renamed = {theirs.name: ours.name for theirs, ours in zip(y.indices, x.indices, strict=True)}
     slid = {(w.axis, w.out, w.stride, w.dilation, w.padding): w.kernel for w in a.windows}
@@ -312,18 +327,37 @@ def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
         if kernel is None or a.indices[kernel].size != b.indices[w.kernel].size:
             return None
         renamed[w.kernel] = kernel
-    if slid or {i.name for i in products[0]} != {renamed.get(i.name, i.name) for i in products[1]}:
+    if slid:
         return None
-    first, second = (
-        merge(term.cores, left_to_right(range(len(term.cores))), keep)
-        for term, keep in zip((a, b), products, strict=True)
-    )
-    names = [i.name for i in products[0]]
-    second = einsum([(second, tuple(renamed.get(i.name, i.name) for i in products[1]))], names)
+    ours, theirs = _core_indices(network, a), _core_indices(network, b)
+    named = {i.name: i for i in ours}, {(name := renamed.get(i.name, i.name)): replace(i, name=name) for i in theirs}
+    kept = max(named, key=len) | min(named, key=len)
+    largest = max(c.data.size for t in (a, b) for c in t.cores if c.data is not None)
+    if math.prod(int(i.size) for i in kept.values()) > largest:
+        return None
+    total: Array = np.zeros([1] * len(kept))
+    for term, own, names in zip((a, b), (ours, theirs), named, strict=True):
+        product = merge(term.cores, left_to_right(range(len(term.cores))), own)
+        product = einsum([(product, (*names,))], [n for n in kept if n in names])
+        total = total + product.reshape([int(i.size) if n in names else 1 for n, i in kept.items()])
     name = f"{merged_name([c.name for c in a.cores])}+{merged_name([c.name for c in b.cores])}"
-    data, made = (first + second).astype(network.dtype), sources_of((*a.cores, *b.cores))
-    core = Tensor(name, tuple((i,) for i in products[0]), data, origins=made)
+    made = sources_of((*a.cores, *b.cores))
+    core = Tensor(name, tuple((i,) for i in kept.values()), total.astype(network.dtype), origins=made)
     return Term((x, core), windows=a.windows)
+
+
+def _split_alike(network: Network, a: Term, b: Term) -> tuple[Term, Term]:
+    """Two terms in which one operand has the same modes, summed indices split where the other has them finer.
+
+    CannotEdit where that does not go."""
+    taken = {*network.indices}
+    for axis in range(len(a.operands[0].axes)):
+        splits = refine(a.operands[0].axes[axis], b.operands[0].axes[axis], taken)
+        if any(i.name in split for split in splits for i in network.output.indices):
+            raise CannotEdit("modes of the result differ")
+        a, b = (substitute(replace(network, terms=(t,)), s).terms[0] for t, s in zip((a, b), splits, strict=True))
+        taken |= {*a.indices, *b.indices}
+    return a, b
 
 
 def _core_indices(network: Network, term: Term) -> tuple[Index, ...]:

@@ -78,13 +78,31 @@ def test_compiles_and_computes_the_same(name: str) -> None:
         torch.testing.assert_close(torch.from_numpy(got).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_and_sums_of_layers_become_one_layer() -> None:
-    w, a, b, c = normal(32, 32), normal(32, 4), normal(4, 32), normal(32, 16)
-    lora = Model(lambda m, x: x @ m.w + (x @ m.a) @ m.b, w=w, a=a, b=b)
-    both = Model(lambda m, x: x @ m.c @ m.d + x @ m.e @ m.f, c=c, d=c.T.clone(), e=c + 1, f=c.T.clone() - 1)
-    for module in (lora, both):
-        compiled = tncompile.compile(module.eval(), (normal(3, 32),))
-        assert [n.op_type for n in onnx.load_model_from_string(compiled.onnx).graph.node] == ["MatMul"]
+ADAPTERS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "low rank": lambda m, x: x @ m.w + (x @ m.a) @ m.b,
+    "two layers": lambda m, x: x @ m.c @ m.c.T + x @ (m.c + 1) @ (m.c.T - 1),
+    "Kronecker": lambda m, x: x @ m.w + x @ torch.kron(m.k, m.a[:8] @ m.b[:, :8]),
+    "Hadamard": lambda m, x: x @ (m.w + (m.a @ m.b) * (m.c @ m.c.T)),
+    "magnitudes": lambda m, x: (y := x @ m.w + m.v) + (m.v - 1) * (y - m.v) + m.v * (x @ m.a @ m.b),
+    "scaled factors": lambda m, x: x @ m.w + ((x @ m.a) * m.k[0]) @ m.b * m.v,
+    "Cayley series": lambda m, x: (
+        x @ (torch.eye(32) + 2 * (s := m.w - m.w.T) + 2 * (q := s @ s) + 2 * (t := q @ s) + t @ s) @ m.w
+    ),
+    "Fourier": lambda m, x: x @ m.w + x @ torch.fft.ifft2(m.w).real,
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_become_one_with_their_layer(name: str) -> None:
+    """As in LoRA, LoKr, LoHa, DoRA, VeRA, OFT and FourierFT."""
+    weights = {"w": normal(32, 32) / 6, "a": normal(32, 4), "b": normal(4, 32), "c": normal(32, 16)}
+    model = Model(ADAPTERS[name], **weights, k=normal(4, 4), v=normal(32)).eval()
+    compiled = tncompile.compile(model, (normal(3, 32),))
+    (node,) = onnx.load_model_from_string(compiled.onnx).graph.node
+    assert node.op_type == ("Gemm" if name == "magnitudes" else "MatMul")
+    x = normal(3, 32)
+    wanted = model.double()(x.double())
+    torch.testing.assert_close(torch.from_numpy(compiled.run(x)).double(), wanted, rtol=1e-5, atol=2e-5)
 
 
 def test_a_float16_product_that_does_not_fit_is_not_merged() -> None:

@@ -63,6 +63,7 @@ CASES: dict[str, Function] = {
     "fftn": lambda x, w: torch.fft.ifftn(torch.fft.fftn(x.reshape(-1, 2, 2), dim=(1, 2)) * w[0, 0], dim=(-2, -1)),
     "rfftn": lambda x, w: torch.fft.irfftn(torch.fft.rfftn(x.real.reshape(-1, 2, 2), dim=(2, 1)), s=(2, 2), dim=(2, 1)),
     "one_axis": lambda x, w: torch.fft.ifft(torch.fft.fft(x.reshape(-1, 2, 2), 3, dim=1), dim=1, norm="forward"),
+    "ifft_of_real": lambda x, w: torch.fft.ifft2(w.real).sum() * x,
     "fftshift": lambda x, w: torch.fft.ifftshift(torch.fft.fftshift(x[:, :3] * w[0, :3], dim=-1), dim=-1),
     "split": lambda x, w: torch.cat([*(x @ w).split([1, 3], 1)[::-1], *x.chunk(2, 1)], 1),
     "unbind": lambda x, w: torch.stack((x @ w).unbind(1)[::-1], -1),

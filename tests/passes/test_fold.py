@@ -223,15 +223,21 @@ program
     assert constant.tensors[0].shape == ()
 
 
-@pytest.mark.parametrize("read", ["x[b, (i j)]", "x[b, k]"])
-def test_an_adapter_is_only_added_where_modes_agree(read: str) -> None:
-    """x split into modes is not the same operand as x whole."""
-    core = "V[i, j, o]" if "i" in read else "V[k, o]"
+@pytest.mark.parametrize(
+    ("read", "core", "indices", "terms"),
+    [
+        ("x[b, (i j)]", "V[i, j, o]", "", 1),
+        ("x[b, k]", "V[k, o]", ", k=6", 1),  # one summed index, split where the other term has two
+        ("x[b, (k l)]", "V[k, l, o]", ", k=3, l=2", 2),
+    ],
+)
+def test_an_adapter_is_added_where_modes_nest(read: str, core: str, indices: str, terms: int) -> None:
+    """x whole is the same operand as x split into modes; x split into others that do not nest is not."""
     text = f"""
 program
   input x: float32[batch, 6]
   network y: float32[batch, 4]
-    indices b=batch, o=4, i=2, j=3, k=6
+    indices b=batch, o=4, i=2, j=3{indices}
     term
       0 operand x[b, (i j)]
       1 core W[i, j, o]
@@ -240,10 +246,100 @@ program
       1 core {core}
     -> y[b, o]
   output y = y
-""".replace(", k=6", ", k=6" if "k" in read else "")
+"""
     after, changes = apply_pass(Fold(), program_of(text), tolerance=1e-6)
-    assert len(after.networks[0].terms) == (1 if "i" in read else 2)
-    assert len(reasons(changes)) == (1 if "i" in read else 0)
+    assert len(after.networks[0].terms) == terms
+    assert len(reasons(changes)) == 2 - terms
+
+
+def test_a_number_is_added_to_each_of_a_vector() -> None:
+    """w·x + 2·x: a core without the other's mode is the same along it."""
+    text = """
+program
+  input x: float32[batch, 6]
+  network y: float32[batch, 6]
+    indices b=batch, o=6
+    term
+      0 operand x[b, o]
+      1 core W[o]
+    term
+      0 operand x[b, o]
+      1 core two[]
+    -> y[b, o]
+  output y = y
+"""
+    after, _ = apply_pass(Fold(), program_of(text), tolerance=1e-6)
+    (term,) = after.networks[0].terms
+    assert [core.shape for core in term.cores] == [(6,)]
+
+
+def test_several_uses_of_a_layer_become_one() -> None:
+    """y = h + m·h - 2·h, as an adapter with magnitudes has it: one product and one bias, and h is gone."""
+    text = """
+program
+  input x: float32[batch, 3]
+  network h: float32[batch, 4]
+    indices b=batch, i=3, o=4
+    term
+      0 operand x[b, i]
+      1 core W[i, o]
+    term
+      0 core bias[o]
+    -> h[b, o]
+  network y: float32[batch, 4]
+    indices b=batch, o=4
+    term
+      0 operand h[b, o]
+    term
+      0 operand h[b, o]
+      1 core m[o]
+    term
+      0 operand h[b, o]
+      1 core two[]
+    -> y[b, o]
+  output y = y
+"""
+    after, changes = apply_pass(Fold(), program_of(text), tolerance=1e-6)
+    (network,) = after.networks
+    assert [len(term.tensors) for term in network.terms] == [2, 1]
+    assert not any(change.declined for change in changes)
+
+
+def layer_with_adapter(name: str, small: bool) -> str:
+    """A layer of x, of one core or of two small ones, and an adapter that reads a."""
+    cores = f"U{name}[i, s]\n      2 core V{name}[s, o]" if small else f"W{name}[i, o]"
+    return f"""
+  network {name}: float32[batch, 8]
+    indices b=batch, i=8, o=8, r=2{", s=2" * small}
+    term
+      0 operand x[b, i]
+      1 core {cores}
+    term
+      0 operand a[b, r]
+      1 core B{name}[r, o]
+    -> {name}[b, o]"""
+
+
+def test_an_adapter_whose_factor_others_share_is_added_into_each_layer() -> None:
+    """Layers whose adapters share a = x A: one of a single core takes it in, one of small cores does not."""
+
+    def terms(*small: bool) -> dict[str, int]:
+        names = "qkv"[: len(small)]
+        text = f"""
+program
+  input x: float32[batch, 8]
+  network a: float32[batch, 2]
+    indices b=batch, i=8, r=2
+    term
+      0 operand x[b, i]
+      1 core A[i, r]
+    -> a[b, r]{"".join(map(layer_with_adapter, names, small))}
+{"".join(f"  output {name} = {name}" + chr(10) for name in names)}"""
+        after, _ = apply_pass(Fold(), program_of(text), tolerance=1e-6)
+        return {n.output.name: len(n.terms) for n in after.networks}
+
+    assert terms(False, False) == {"q": 1, "k": 1}
+    assert terms(False, True, True) == {"a": 1, "q": 1, "k": 2, "v": 2}
 
 
 def test_an_adapter_larger_than_the_layer_stays() -> None:

@@ -78,7 +78,7 @@ def _along(
         matrix = torch.stack([matrix, function(each * 1j, n, -1, norm)], 1)
     becomes_pair = matrix.is_complex()
     if becomes_pair:
-        matrix = torch.view_as_real(matrix)
+        matrix = torch.view_as_real(matrix.resolve_conj())  # an inverse of real numbers is a conjugate view
     kind = function._schema.name.rpartition("::")[2]
     dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
     name = f"{kind}_{size}_{n or 'all'}_{norm or 'none'}_{len(matrix.shape)}"
