@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tncompile.runtime.session import Session
 from tncompile.tensorizer.data import collect
 from tncompile.tensorizer.evaluation import Evaluation
 from tncompile.tensorizer.moments import moments
-from tncompile.tensorizer.runner import Runner
+from tncompile.tensorizer.runner import Ran, Runner
 from tncompile.tensorizer.sensitivity import noise, sensitivities, site_error
 from tncompile.tensorizer.sites import joint_sites, separate, sites_of
 
@@ -102,14 +103,37 @@ def test_short_of_time_the_rest_is_estimated_from_like_layers() -> None:
     ticks = itertools.count()
     seen: list[tuple[int, int]] = []
     found = sensitivities(
-        sites, evaluation, {}, seconds=1.5, clock=lambda: next(ticks), progress=lambda *p: seen.append(p)
+        sites, evaluation, {}, seconds=3.5, clock=lambda: next(ticks), progress=lambda *p: seen.append(p)
     )
     measured = [name for name, s in found.sites.items() if s.points]
     assert len(measured) == 2 and seen[-1] == (2, 5) and {*found.sites} == {s.name for s in sites}
-    assert "3 of 5 weights is estimated" in found.notes[0]
+    assert "3 of 5 weights is estimated" in found.notes[-1]
     assert found.sites["6.weight"].like == "4.weight"
     assert found.sites["6.weight"].factor == found.sites["4.weight"].factor
     assert found.sites["8.weight"].like == "" and found.sites["8.weight"].factor > 0
+
+
+def test_a_slow_model_is_measured_on_fewer_samples() -> None:
+    """Rather than not at all: each weight is measured, in as many passes as there is time for."""
+    module, x = mlp((32, 64, 48, 32)), torch.randn(64, 32)
+    model = imported(module, x[:4])
+    sites, data = sites_of(separate(model)), collect([*x.split(4)], model)
+    assert len(data) == 16
+    now = 0.0
+
+    class Slow(Runner):
+        def run(self, *args: Any, **kwargs: Any) -> Ran:
+            nonlocal now
+            now += 1
+            return super().run(*args, **kwargs)
+
+    found = sensitivities(sites, Evaluation(Slow(model), data), {}, seconds=40, clock=lambda: now)
+    assert all(one.points for one in found.sites.values()) and now <= 42  # two to see how long one takes
+    assert found.notes == ("how much each weight matters was measured on 20 samples: there was no time for more",)
+    whole = sensitivities(sites, Evaluation(Runner(model), data), {}, seconds=1e9)
+    assert not whole.notes
+    for name, one in found.sites.items():
+        assert one.factor == pytest.approx(whole.sites[name].factor, rel=0.3)
 
 
 def test_joint_sites_are_measured_beside_their_parts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,17 @@ class Evaluation:
         self._names = [name for name, _ in runner.model.program.outputs]
         self._kept: dict[int, Mapping[str, Array]] = {}
         self._bytes = 0
+
+    def within(self, seconds: float, passes: int, clock: Callable[[], float] = time.monotonic) -> Evaluation:
+        """One over so few of the runs that so many passes take about `seconds`; over one at least."""
+        feeds = next(iter(self.calibration))
+        self.runner.run(feeds)  # a first call takes longer
+        start = clock()
+        self.runner.run(feeds)
+        whole = (clock() - start) * len(self.calibration) * (1 + passes)  # and the outputs to compare with
+        if whole <= seconds:
+            return self
+        return Evaluation(self.runner, self.calibration.take(int(self.calibration.samples * seconds / whole)))
 
     def of_weights(self, weights: Mapping[str, Array]) -> float:
         """With some weights of the model replaced, by name."""

@@ -89,19 +89,28 @@ def sensitivities(
     progress: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Sensitivities:
-    """Measure each site, the largest first, one run of the calibration data for each perturbation.
+    """Measure each site, the largest first, one pass over the calibration data for each perturbation.
 
-    After `seconds` the rest is estimated from measured sites of the same shape, or else from the median of all, and
-    a note says so; one is measured in any case.
+    Where all passes would take more than `seconds`, they are over fewer data: a site that is not measured is judged
+    worse than one that is measured on little. What is left after `seconds` all the same is estimated from measured
+    sites of the same shape, or else from the median of all; one is measured in any case. Notes say both.
     """
     start, measured = clock(), dict[str, Sensitivity]()
     tried: dict[str, Array] = {}
     alone: list[float] = []
     order = sorted(sites, key=lambda site: -site.size)
+    perturbed = {site.name: (perturbations or {}).get(site.name, ()) for site in order}
+    notes: tuple[str, ...] = ()
+    if seconds is not None:
+        passes = 1 + sum(len(given) or len(STRENGTHS) for given in perturbed.values())  # and all at once
+        evaluation, whole = evaluation.within(seconds, passes, clock), evaluation
+        if len(evaluation.calibration) < len(whole.calibration):
+            samples = evaluation.calibration.samples
+            notes = (f"how much each weight matters was measured on {samples} samples: there was no time for more",)
     for site in order:
         if seconds is not None and measured and clock() - start > seconds:
             break
-        given = (perturbations or {}).get(site.name) or [noise(site, moments, strength) for strength in STRENGTHS]
+        given = perturbed[site.name] or [noise(site, moments, strength) for strength in STRENGTHS]
         points = [(site_error(site, one, moments), evaluation.of_weights(one)) for one in given]
         measured[site.name] = Sensitivity(_factor(points), tuple(points))
         if not any(name in tried for name in given[0]):  # a site of several weights may stand beside those alone
@@ -111,11 +120,9 @@ def sensitivities(
     found = dict(measured)
     for site in order[len(measured) :]:
         found[site.name] = _estimate(site, sites, measured)
-    notes: tuple[str, ...] = ()
     if len(measured) < len(sites):
-        notes = (
-            f"the sensitivity of {len(sites) - len(measured)} of {len(sites)} weights is estimated from like ones",
-        )
+        guessed = len(sites) - len(measured)
+        notes += (f"the sensitivity of {guessed} of {len(sites)} weights is estimated from like ones",)
     expected = math.sqrt(sum(e**2 for e in alone))
     together = evaluation.of_weights(tried) if len(alone) > 1 and expected > 0 else expected
     return Sensitivities(found, together / expected if expected > 0 else 1.0, notes)
