@@ -14,6 +14,7 @@ from tncompile.passes.limit import Limit
 from tncompile.passes.merge_cores import MergeCores
 from tncompile.passes.order import Order
 from tncompile.passes.pipeline import DEFAULT, Pipeline, parse_passes
+from tncompile.passes.trim import Trim
 
 __all__ = [
     "DEFAULT",
@@ -31,5 +32,6 @@ __all__ = [
     "Pass",
     "PassReport",
     "Pipeline",
+    "Trim",
     "parse_passes",
 ]

@@ -55,7 +55,7 @@ class Clean(Pass):
                 continue
             seen.setdefault(key, node.value.name)
             nodes.append(node)
-        return _drop_dead(replace(program, nodes=tuple(nodes)), changes), changes
+        return drop_dead(replace(program, nodes=tuple(nodes)), changes), changes
 
 
 def rename_inputs(node: Node, names: Mapping[str, str]) -> Node:
@@ -140,7 +140,8 @@ def _hashable(arg: Any) -> Any:
     return (type(arg).__name__, repr(arg))  # 1, 1.0 and True are different arguments, and so are 0.0 and -0.0
 
 
-def _drop_dead(program: Program, changes: list[Change]) -> Program:
+def drop_dead(program: Program, changes: list[Change]) -> Program:
+    """A program without the nodes whose value nothing reads; the networks among them are noted."""
     live = {name for _, name in program.outputs}
     kept: list[Node] = []
     opaque: list[str] = []

@@ -24,6 +24,7 @@ from tncompile.passes.order import Order
 from tncompile.passes.stacks import Stacks
 from tncompile.passes.steps import Steps
 from tncompile.passes.tables import Tables
+from tncompile.passes.trim import Trim
 
 DEFAULT: tuple[Pass, ...] = (
     Clean(),  # size-1 bonds and copies would hide which cores are adjacent, or which slices belong together
@@ -31,6 +32,8 @@ DEFAULT: tuple[Pass, ...] = (
     Gathers(),  # while tables are networks yet: fold computes what depends on weights alone
     Fold(),  # before any core is merged: across layers there is more to merge
     Clean(),  # duplicates that composition made visible
+    Trim(),  # of whole layers: what is picked may lie beyond several products
+    Fold(),  # what had picks between it
     Steps(),  # of whole layers: before, their parts are networks of their own
     Join(),  # before cores of one of many equal networks are merged, and of another not
     Stacks(),  # what was joined may be put together again
@@ -44,7 +47,7 @@ DEFAULT: tuple[Pass, ...] = (
     Layout(),  # moves the boundaries that those schedules took as given
 )
 
-_EVERY = (Clean, Stacks, Gathers, Fold, Join, Steps, MergeCores, Tables, Blocks, Dense, Order, Layout, Limit)
+_EVERY = (Clean, Stacks, Gathers, Trim, Fold, Join, Steps, MergeCores, Tables, Blocks, Dense, Order, Layout, Limit)
 PASSES: dict[str, type[Pass]] = {p.name(): p for p in _EVERY}
 
 _SCHEDULED = (Layout, Limit)  # passes over a scheduled program

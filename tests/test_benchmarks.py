@@ -41,7 +41,7 @@ RESULTS: dict[str, Any] = {
 
 
 def test_every_case_names_a_loader() -> None:
-    assert len(CASES) == 39 and {case.group for case in CASES.values()} == {"A", "C"}
+    assert len(CASES) == 42 and {case.group for case in CASES.values()} == {"A", "C"}
     for case in CASES.values():
         module, function, _ = case.make.args  # type: ignore[attr-defined]
         source = Path(worker.__file__).with_name("models") / f"{module}.py"

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.models import Loaded
 from benchmarks.models.inputs import digits
-from benchmarks.models.packages import without_init
+from benchmarks.models.packages import stand_in, torchvision, without_init
 
 
 def tensorkrowch_mps() -> Loaded:
@@ -78,3 +78,22 @@ def monarch_mlp() -> Loaded:
     first, second = MonarchLinear(784, 1024, nblocks=4), MonarchLinear(1024, 1024, nblocks=4)
     model = nn.Sequential(nn.Flatten(), first, nn.GELU(), second, nn.GELU(), nn.Linear(1024, 10))
     return Loaded(model, (digits(8, 28),))
+
+
+def fourier_operator() -> Loaded:
+    """A Fourier neural operator of two layers on fields of 64×64, its spectral weights in Tucker form, by neuralop."""
+    torchvision()  # torchmetrics, which it imports, imports it where it is installed
+    stand_in("requests", "wandb", "h5py", "zarr", "ruamel.yaml", "configmypy", "torch_harmonics")
+    from neuralop.models import TFNO
+
+    model = TFNO(
+        n_modes=(16, 16),
+        in_channels=1,
+        out_channels=1,
+        hidden_channels=32,
+        n_layers=2,
+        factorization="tucker",
+        implementation="factorized",
+        rank=0.1,
+    )
+    return Loaded(model, (torch.randn(2, 1, 64, 64),))

@@ -37,9 +37,15 @@ class _Encoder(nn.Module):
         return nn.functional.normalize((states * weight).sum(1) / weight.sum(1), dim=1)
 
 
-def encoder() -> Loaded:
-    """The sentence encoder as published."""
+def encoder(adapter: str = "", **options: Any) -> Loaded:
+    """The sentence encoder as published, or with an adapter of peft (``"LoKrConfig"``…) on queries, values and the
+    first feed-forward matrix of each layer, of random numbers as after training."""
     bert, tokens = _pretrained()
+    if adapter:
+        import peft
+
+        config = getattr(peft, adapter)(target_modules=["query", "value", "intermediate.dense"], **options)
+        bert = peft.get_peft_model(bert, config)
     return Loaded(_Encoder(bert), (tokens["input_ids"], tokens["attention_mask"]))
 
 
