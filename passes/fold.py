@@ -47,11 +47,12 @@ class Fold(Pass):
     operand become one (an adapter folds into its layer); a network of cores alone is computed.
 
     With `apart` only views and networks of cores alone are put into others: every layer stays one network, which reads
-    what that layer reads in the model.
+    what that layer reads in the model. Without `add` no cores are added up: each weight stays a core of its own.
     """
 
     max_tensors: int = 256
     apart: bool = False
+    add: bool = True
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
@@ -61,7 +62,7 @@ class Fold(Pass):
         shown = {name for _, name in program.outputs}
         for node in program.nodes:
             if isinstance(node, Network):
-                node = _combine_terms(node, changes)
+                node = _combine_terms(node, changes, self.add)
                 if not node.operands and node.output.name not in shown:
                     core = _contracted(node)
                     assert core.data is not None
@@ -115,7 +116,7 @@ class Fold(Pass):
                 self._check(producer, reader)
                 merged = self._inlined(reader, producer)
                 if producer.operands and (others or reads > 1) and not is_view(producer):
-                    merged = _added(merged, reader, source, others)
+                    merged = self._added(merged, reader, source, others)
             except CannotEdit as reason:
                 declined[source] = str(reason)
                 continue
@@ -147,6 +148,18 @@ class Fold(Pass):
                 raise
             return inline(reader, _computed(producer))
 
+    def _added(self, merged: Network, reader: Network, value: str, others: bool) -> Network:
+        """A reader into which a network was put that it reads more than once, or that others read too, where that
+        leaves it no term more than it had: one in place of all that read the value, if others need that no more.
+
+        CannotEdit otherwise."""
+        moving = [t for t in merged.terms if not t.is_constant]
+        without = sum(not t.is_constant and all(o.name != value for o in t.operands) for t in reader.terms)
+        terms = merge_like_terms(merged, moving, [])
+        if not self.add or len(terms) > without + (not others):
+            raise CannotEdit(SHARED)
+        return replace(merged, terms=(*terms, *(t for t in merged.terms if t.is_constant)))
+
     def _check(self, producer: Network, reader: Network) -> None:
         """Raise CannotEdit, with the reason, where composition is not always right."""
         value = producer.output.name
@@ -166,17 +179,6 @@ class Fold(Pass):
                 raise CannotEdit("it is a sum of run-time terms, and what follows would be applied to each")
             if len(producer.terms) > 1 and (reads > 1 or any(not t.is_core for t in others)):
                 raise CannotEdit("it has a bias and meets another operand: the bias would become run-time work")
-
-
-def _added(merged: Network, reader: Network, value: str, others: bool) -> Network:
-    """A reader into which a network was put that it reads more than once, or that others read too, where that leaves
-    it no term more than it had: one in place of all that read the value, if others need that no more."""
-    moving = [t for t in merged.terms if not t.is_constant]
-    without = sum(not t.is_constant and all(o.name != value for o in t.operands) for t in reader.terms)
-    terms = merge_like_terms(merged, moving, [])
-    if len(terms) > without + (not others):
-        raise CannotEdit(SHARED)
-    return replace(merged, terms=(*terms, *(t for t in merged.terms if t.is_constant)))
 
 
 def _computed(network: Network) -> Network:
@@ -246,10 +248,10 @@ def _weighs(network: Network) -> bool:
 # ---------------------------------------------------------------------------------- terms
 
 
-def _combine_terms(network: Network, changes: list[Change]) -> Network:
+def _combine_terms(network: Network, changes: list[Change], add: bool) -> Network:
     constants = [t for t in network.terms if t.is_constant]
     moving = [t for t in network.terms if not t.is_constant]
-    moving = merge_like_terms(network, moving, changes)
+    moving = merge_like_terms(network, moving, changes) if add else moving
     if moving and len(constants) + sum(len(t.tensors) > 1 for t in constants) > 1:
         constants = [_bias(network, constants)]
         what = f"{sum(t.is_constant for t in network.terms)} biases and scales are one bias"
@@ -331,7 +333,8 @@ def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
         return None
     ours, theirs = _core_indices(network, a), _core_indices(network, b)
     named = {i.name: i for i in ours}, {(name := renamed.get(i.name, i.name)): replace(i, name=name) for i in theirs}
-    kept = max(named, key=len) | min(named, key=len)
+    more, fewer = sorted(named, key=len, reverse=True)
+    kept = more | fewer
     largest = max(c.data.size for t in (a, b) for c in t.cores if c.data is not None)
     if math.prod(int(i.size) for i in kept.values()) > largest:
         return None

@@ -129,10 +129,12 @@ def _cases() -> dict[str, Case]:
     add("ts_monarch_mlp", TENSORIZED, "networks.monarch_mlp")
     add("quimb_mps_classifier", TENSORIZED, "networks.quimb_mps")
     add("neuralop_tfno", TENSORIZED, "networks.fourier_operator", LARGE)
-    lokr = {"adapter": "LoKrConfig", "r": 8, "init_weights": False}
-    dora = {"adapter": "LoraConfig", "r": 8, "use_dora": True, "init_lora_weights": False}
-    for short, options in (("lokr", lokr), ("dora", dora)):
-        add(f"peft_{short}_minilm", TENSORIZED, "sentences.encoder", LARGE, options)
+    adapters: dict[str, Mapping[str, Any]] = {
+        "lokr": {"adapter": "LoKrConfig", "r": 8, "init_weights": False},
+        "dora": {"adapter": "LoraConfig", "r": 8, "use_dora": True, "init_lora_weights": False},
+    }
+    for kind, given in adapters.items():
+        add(f"peft_{kind}_minilm", TENSORIZED, "sentences.encoder", LARGE, given)
     add("minilm_l6", DENSE, "sentences.encoder", LARGE)
     add("efficientnet_lite0", DENSE, "pretrained.efficientnet_lite0", LARGE)
     add("crepe_tiny", DENSE, "pretrained.crepe", LARGE, {"size": "tiny"})

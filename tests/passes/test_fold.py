@@ -273,6 +273,26 @@ program
     assert [core.shape for core in term.cores] == [(6,)]
 
 
+def test_cores_of_different_modes_stay_two() -> None:
+    """x A along one mode of the result and x B along another: their sum has both, and is larger than either."""
+    text = """
+program
+  input x: float32[batch, 3]
+  network y: float32[batch, 4, 5]
+    indices b=batch, i=3, o=4, p=5
+    term
+      0 operand x[b, i]
+      1 core A[i, o]
+    term
+      0 operand x[b, i]
+      1 core B[i, p]
+    -> y[b, o, p]
+  output y = y
+"""
+    after, _ = apply_pass(Fold(), program_of(text), tolerance=1e-6)
+    assert len(after.networks[0].terms) == 2
+
+
 def test_several_uses_of_a_layer_become_one() -> None:
     """y = h + m·h - 2·h, as an adapter with magnitudes has it: one product and one bias, and h is gone."""
     text = """

@@ -43,7 +43,10 @@ program
 # ------------------------------------------------------------------------------------ parse_passes
 
 
-EVERY = "clean stacks gathers fold clean steps join stacks fold clean merge_cores tables blocks clean order layout"
+EVERY = (
+    "clean stacks gathers fold clean trim fold steps join stacks fold clean "
+    "merge_cores tables blocks clean order layout"
+)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ def test_passes_of_a_text(text: str, passes: tuple[Pass, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cleen", "no pass 'cleen'; the passes are clean, stacks, gathers, fold, join, steps, merge_cores"),
+        ("cleen", "no pass 'cleen'; the passes are clean, stacks, gathers, trim, fold, join, steps, merge_cores"),
         ("clean,order,magic{x=1}", "no pass 'magic'"),
         ("order{speed=9}", "order has no option 'speed'; it has max_trials"),
         ("clean{x=1}", "clean has no option 'x'; it has none"),

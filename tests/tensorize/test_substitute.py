@@ -144,6 +144,27 @@ def test_weights_that_are_computed_from_others() -> None:
     assert_close(run(new, x), run(program, x), tolerance=FLOAT32, what="computed")
 
 
+def test_a_layer_with_an_adapter_is_a_site_of_its_own() -> None:
+    """The compiler adds the adapter into the layer; what is tensorized is the weight that the model has."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(40, 48)
+            self.a, self.b = nn.Parameter(torch.randn(40, 2)), nn.Parameter(torch.randn(2, 48))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(torch.relu(x)) + torch.relu(x) @ self.a @ self.b
+
+    program = trace(Adapted().eval(), (torch.randn(2, 40),), None, "batch")
+    (site,) = sites_of(composed(import_exported(program)), 100)
+    assert site.name == "layer.weight"
+    new = substitute(program, Replacement(site, svd(site)).factors())
+    assert {*new.state_dict} == {"layer.weight.core_0", "layer.weight.core_1", "layer.bias", "a", "b"}
+    x = torch.randn(3, 40)
+    assert_close(run(new, x), run(program, x), tolerance=FLOAT32, what="adapted")
+
+
 def test_a_weight_called_like_a_value_and_a_buffer() -> None:
     class Clash(nn.Module):
         def __init__(self) -> None:

@@ -133,21 +133,29 @@ class DeviceProfile:
 
     @lru_cache(maxsize=_CACHED)  # noqa: B019
     def convolution_time(
-        self, batch: int, groups: int, channels: int, filters: int, taps: int, space: int, itemsize: int
+        self,
+        batch: int,
+        groups: int,
+        channels: int,
+        filters: int,
+        taps: int,
+        space: int,
+        itemsize: int,
+        volume: bool = False,
     ) -> float:
         """Seconds for a convolution of (batch, groups·channels, ..) by a constant (groups·filters, channels, taps) that
         leaves `space` places, where images are unfolded.
 
         With groups ONNX Runtime multiplies image by image, but for channels in whole blocks of `BLOCK`: those it
-        keeps side by side and has kernels for.
+        keeps side by side and has kernels for, if it is no `volume` of three axes.
         """
         width = max(1, itemsize / 4)
         images = batch * groups
         outputs = images * filters * space
-        if groups == 1 or (channels % BLOCK == 0 and filters % BLOCK == 0):
+        if groups == 1 or (channels % BLOCK == 0 and filters % BLOCK == 0 and not volume):
             unfolded = self.copy(images * channels * taps * space) if taps > 1 else 0.0
             return self.conv_time(images, channels * taps, filters, space, itemsize) + unfolded * width
-        if channels == filters == 1 and groups % BLOCK == 0:
+        if channels == filters == 1 and groups % BLOCK == 0 and not volume:
             return 4 * self.node + (2 * self.copy(outputs) + outputs * taps / self.sustained) * width
         unfolded = self.copy(images * channels * taps * space)
         products = 2.0 * outputs * channels * taps / self.sustained

@@ -336,7 +336,10 @@ class Scheduler:
         if direct:
             seconds = self.profile.direct_time(batch, channels, filters, taps, space)
         else:
-            seconds = self.profile.convolution_time(batch, groups, channels, filters, taps, space, self.itemsize)
+            volume = len(self.axes) > IMAGE
+            seconds = self.profile.convolution_time(
+                batch, groups, channels, filters, taps, space, self.itemsize, volume
+            )
         moved = self.permute(x, parts.wanted)
         wanted = direct and channels >= self.profile.strip
         if groups == 1 and (blocked != wanted or (blocked and moved)):  # with groups their price has that in it

@@ -156,13 +156,13 @@ class Replacement:
 
 def composed(model: ImportedModel, context: Context | None = None) -> Program:
     """The program with layers composed and every weight still a core of its own."""
-    program, _ = Pipeline((Clean(), Fold(), Clean()), scheduled=False).run(model.program, context or Context())
+    program, _ = Pipeline((Clean(), Fold(add=False), Clean()), scheduled=False).run(model.program, context or Context())
     return program
 
 
 def separate(model: ImportedModel, context: Context | None = None) -> Program:
     """The program with every layer on its own: the operand beside a weight is what its layer reads in the model."""
-    passes = (Clean(), Fold(apart=True), Clean())
+    passes = (Clean(), Fold(apart=True, add=False), Clean())
     program, _ = Pipeline(passes, scheduled=False).run(model.program, context or Context())
     return program
 
