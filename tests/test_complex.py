@@ -43,6 +43,11 @@ def written_new(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def sound(x: torch.Tensor) -> torch.Tensor:
+    """Two rows of a signal."""
+    return x.real.flatten()[:8].repeat(2, 4) * torch.arange(64.0).reshape(2, 32).sin()
+
+
 CASES: dict[str, Function] = {
     "tensordot": lambda x, w: torch.tensordot(x, w, dims=([1], [0])),
     "tensordot_of_more": lambda x, w: torch.tensordot(x.reshape(-1, 2, 2), w.reshape(2, 2, 4), dims=([-1, 1], [0, 1])),
@@ -65,6 +70,14 @@ CASES: dict[str, Function] = {
     "one_axis": lambda x, w: torch.fft.ifft(torch.fft.fft(x.reshape(-1, 2, 2), 3, dim=1), dim=1, norm="forward"),
     "ifft_of_real": lambda x, w: torch.fft.ifft2(w.real).sum() * x,
     "fftshift": lambda x, w: torch.fft.ifftshift(torch.fft.fftshift(x[:, :3] * w[0, :3], dim=-1), dim=-1),
+    "stft": lambda x, w: torch.stft(sound(x), 8, 3, window=w.real.flatten()[:8], return_complex=True),
+    "stft_one": lambda x, w: torch.stft(
+        sound(x)[0], 7, window=torch.ones(7, dtype=torch.float64), center=False, normalized=True, return_complex=True
+    ),
+    "stft_narrow": lambda x, w: torch.stft(
+        sound(x), 8, win_length=5, window=w.real.flatten()[:5], onesided=False, return_complex=True
+    ),
+    "stft_ones": lambda x, w: torch.stft(sound(x), 9, win_length=6, return_complex=True),
     "split": lambda x, w: torch.cat([*(x @ w).split([1, 3], 1)[::-1], *x.chunk(2, 1)], 1),
     "unbind": lambda x, w: torch.stack((x @ w).unbind(1)[::-1], -1),
     "moved": lambda x, w: nn.functional.pad((x @ w).flip(1).roll(1, 1), (1, 2)).repeat(1, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -101,3 +102,42 @@ def _shifted(b: Builder, x: Node, dim: Sequence[int] | None = None) -> Node | No
             return None
         shifts.append(shape[axis] // 2 if forward else (shape[axis] + 1) // 2)
     return b.call(_aten.roll.default, b.pairs[x], shifts, [*axes])
+
+
+@rule(_aten.stft.default)
+def _frames(
+    b: Builder,
+    x: Node,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Node | None = None,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    return_complex: bool | None = None,
+    align_to_window: bool | None = None,
+) -> Node | None:
+    """A transform of each frame of a real signal (time) or (batch, time) is a convolution with the matrix, whose rows
+    are multiplied by the window: as torch.stft gives it, (batch, frequency, frame)."""
+    if x in b.pairs or window in b.pairs or align_to_window or not isinstance(n_fft, int) or n_fft > LONGEST_TRANSFORM:
+        return None
+    width = win_length or n_fft
+    turns = torch.outer(torch.arange(n_fft if onesided is False else n_fft // 2 + 1), torch.arange(n_fft)) % n_fft
+    angles = -2 * torch.pi * turns.double() / n_fft
+    matrix = torch.stack([angles.cos(), angles.sin()], 1) / (math.sqrt(n_fft) if normalized else 1)
+    if window is None:  # as many ones, in the middle of the frame
+        outside = (torch.arange(n_fft) - (n_fft - width) // 2).clamp(-1, width)
+        matrix = matrix * ((outside >= 0) & (outside < width))
+    name = f"stft_{n_fft}_{len(matrix)}_{width if window is None else 'window'}_{bool(normalized)}"
+    kernel = b.constant(name, matrix.flatten(0, 1)[:, None].to(b.value(x).dtype).contiguous())
+    if window is not None:
+        before = (n_fft - width) // 2
+        padded = b.call(_aten.constant_pad_nd.default, window, [before, n_fft - width - before])
+        kernel = b.call(_aten.mul.Tensor, kernel, padded)
+    batched = b.value(x).ndim == 2
+    signal = b.call(_aten.unsqueeze.default, x, 1 if batched else 0)
+    signal = signal if batched else b.call(_aten.unsqueeze.default, signal, 0)
+    found = b.call(_aten.conv1d.default, signal, kernel, None, [hop_length or n_fft // 4])
+    found = b.call(_aten.unflatten.int, found, 1, [len(matrix), 2])
+    found = b.call(_aten.permute.default, found, [0, 1, 3, 2])
+    return found if batched else b.call(_aten.squeeze.dim, found, 0)
