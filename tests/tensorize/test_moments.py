@@ -17,6 +17,7 @@ from tncompile.tensorizer.data import collect
 from tncompile.tensorizer.moments import Moments, crosses, moments
 from tncompile.tensorizer.runner import Runner
 from tncompile.tensorizer.sites import composed, joint_sites, separate, sites_of
+from tncompile.tensorizer.upstream import Upstream
 
 TOLERANCE = 2e-5
 """Relative to the largest moment: products of float32 numbers, summed in float32 for each run."""
@@ -205,7 +206,8 @@ def test_cross_moments() -> None:
     model = imported(module, x)
     sites = sites_of(composed(model), minimum=100)
     weights = {"0.weight": other[0].weight.detach().numpy()}
-    found = crosses(sites, Runner(model), collect(x, model), weights)["2.weight"]
+    runner, data = Runner(model), collect(x, model)
+    found = crosses(sites, Upstream(runner, data), Upstream(runner, data), weights)["2.weight"]
     before, after = (m[:2](x).detach().double().numpy() for m in (module, other))
     close(found.before.matrix, before.T @ before / 60)
     close(found.after.matrix, after.T @ after / 60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,11 +52,15 @@ class Evaluation:
 
     def of(self, run: Run) -> float:
         """Of anything that computes the outputs, such as a session of a compiled file."""
+        return self.of_each(run(feeds) for feeds in self.calibration)
+
+    def of_each(self, results: Iterable[Any]) -> float:
+        """Of what each run gave, in their order."""
         wrong = dict.fromkeys(self._names, 0.0)
         whole = dict.fromkeys(self._names, 0.0)
         exact: dict[str, list[float]] = {}
-        for feeds, before in self._pairs():
-            after = self._named(run(feeds))
+        for result, before in zip(results, self._exact(), strict=True):
+            after = self._named(result)
             for name, y0 in before.items():
                 y = np.asarray(after[name])
                 if y.shape != y0.shape:
@@ -74,7 +78,8 @@ class Evaluation:
             return max((differ / max(1.0, count) for differ, count in exact.values()), default=0.0)
         return max(_ratio(wrong[name], whole[name]) for name in floats)
 
-    def _pairs(self) -> Iterator[tuple[dict[str, Array], Mapping[str, Array]]]:
+    def _exact(self) -> Iterator[Mapping[str, Array]]:
+        """What the model gives as it came in."""
         for k, feeds in enumerate(self.calibration):
             outputs = self._kept.get(k)
             if outputs is None:
@@ -83,7 +88,7 @@ class Evaluation:
                 if self._bytes + size <= _KEPT:
                     self._kept[k] = {name: np.array(array) for name, array in outputs.items()}
                     self._bytes += size
-            yield feeds, outputs
+            yield outputs
 
     def _named(self, outputs: Any) -> Mapping[str, Any]:
         if isinstance(outputs, Mapping):

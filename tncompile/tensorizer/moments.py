@@ -7,7 +7,7 @@ inputs are `x` has the output error ``E |x W - x V|^2 = tr (W - V)' M (W - V)`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -21,6 +21,7 @@ from tncompile.tensorizer.data import Calibration
 from tncompile.tensorizer.inputs import Lookup, Reading, readings
 from tncompile.tensorizer.runner import Runner
 from tncompile.tensorizer.sites import Part, Site, separate
+from tncompile.tensorizer.upstream import Upstream
 
 LARGEST = 4096
 """Rows of a matrix of moments; above that they are those of groups of axes apart."""
@@ -172,21 +173,30 @@ def moments(
 
 
 def crosses(
-    sites: Sequence[Site], runner: Runner, calibration: Calibration, weights: Mapping[str, Array]
+    sites: Sequence[Site],
+    before: Upstream,
+    after: Upstream,
+    weights: Mapping[str, Array],
+    changing: Collection[str] | None = None,
 ) -> dict[str, Cross]:
-    """What `moments` gives without and with weights replaced, and the moments between the two, by name; only for
-    weights whose moments are exact."""
+    """What `moments` gives of the model as it came in, run by `before`, and with weights replaced, by `after`, and the
+    moments between the two, by name; only for weights whose moments are exact.
+
+    Both advance to the weights that are `changing`, which the sites' inputs do not depend on.
+    """
     found: dict[str, Cross] = {}
-    collectors = [c for c in _collectors(sites, runner) if c.exact]
+    collectors = [c for c in _collectors(sites, before.runner) if c.exact]
+    if changing is not None:
+        before.advance(changing, None, _values(collectors))
+        after.advance(changing, weights, _values(collectors))
     for group in _passes(collectors):
         pairs = [(c, _Collector(c.names, c.uses, c.groups, c.size)) for c in group]
         between: list[Array | float] = [0.0] * len(group)
-        for seed, feeds in enumerate(calibration):
-            before = runner.run(feeds, None, _values(group), outputs=False).values
-            after = runner.run(feeds, weights, _values(group), outputs=False).values
+        runs = zip(before.runs(None, _values(group)), after.runs(weights, _values(group)), strict=True)
+        for seed, (exact, changed) in enumerate(runs):
             for k, (one, other) in enumerate(pairs):
-                x = one.add(before, seed, len(calibration))
-                y = other.add(after, seed, len(calibration))
+                x = one.add(exact.values, seed, len(before.calibration))
+                y = other.add(changed.values, seed, len(before.calibration))
                 between[k] = between[k] + sum(b.T @ a for a, b in zip(x, y, strict=True))
         for (one, other), total in zip(pairs, between, strict=True):
             cross = Cross(one.moments(), other.moments(), np.asarray(total) / max(1, one.rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -29,10 +29,20 @@ class OnnxGraph:
         self._public = dict(model.program.outputs)
         self._sessions: dict[tuple[tuple[str, ...], bool, bool], Session] = {}
 
+    def ahead_of(self, weights: Collection[str], wanted: Sequence[str]) -> tuple[str, ...]:
+        """None: it runs from its inputs."""
+        return ()
+
     def run(
-        self, feeds: Mapping[str, Array], weights: Mapping[str, Array], wanted: Sequence[str], outputs: bool
+        self,
+        feeds: Mapping[str, Array],
+        weights: Mapping[str, Array],
+        wanted: Sequence[str],
+        outputs: bool,
+        known: Mapping[str, Array],
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Outputs by public name (none without `outputs`) and wanted values. TNCompileError where it cannot run."""
+        assert not known
         arrays = self._model.program.arrays
         given = {}
         for name, array in weights.items():

@@ -24,6 +24,7 @@ from tncompile.tensorizer.inputs import readings
 from tncompile.tensorizer.moments import Cross, Moments, crosses
 from tncompile.tensorizer.runner import Runner
 from tncompile.tensorizer.sites import Part, Replacement, separate
+from tncompile.tensorizer.upstream import Upstream
 
 RIDGE = 1e-3
 """How much a matrix is held to what it was, of the mean power of an input; more where few rows were seen."""
@@ -71,6 +72,7 @@ def refit(
     done = Refit(tuple(replacements), {}, 0.0, 0.0)
     error = before = evaluation.of_weights(done.weights())
     levels = _levels(program, replacements)
+    exact, fitted, held = Upstream(runner, calibration), Upstream(runner, calibration), Upstream(runner, held_out)
     notes: tuple[str, ...] = ()
     for count, places in enumerate(levels):
         if seconds is not None and clock() - start > seconds:
@@ -79,20 +81,33 @@ def refit(
             break
         group = [done.replacements[k] for k in places]
         alike = [one.site for one in group if not one.site.apart]
-        found = crosses(alike, runner, calibration, done.weights())
+        changing = _changing(program, [done.replacements[k] for later in levels[count:] for k in later], biases)
+        found = crosses(alike, exact, fitted, done.weights(), changing)
+        held.advance(changing, done.weights())
         new, changed = list(done.replacements), dict(done.biases)
         for k, one in zip(places, group, strict=True):
             cross = found.get(one.site.parts[0].name)
             if cross is not None and isinstance(one.factorized, TreeFactorized):
-                held = {p.name: b for p in one.site.parts if (b := bias_of(program, p)) is not None} if biases else {}
-                new[k], moved = _fitted(one, cross, held, runner.model.program.arrays)
+                own = _biases(program, one.site.parts) if biases else {}
+                new[k], moved = _fitted(one, cross, own, runner.model.program.arrays)
                 changed |= moved
         tried = replace(done, replacements=tuple(new), biases=changed)
-        after = evaluation.of_weights(tried.weights())
+        after = evaluation.of_each(ran.outputs for ran in held.runs(tried.weights(), outputs=True))
         if after < error:
             done, error = tried, after
         progress(count + 1, len(levels), error)
     return replace(done, before=before, after=error, notes=notes)
+
+
+def _biases(program: Program, parts: Sequence[Part]) -> dict[str, str]:
+    """The biases of some weights, by name, of those that have one."""
+    return {part.name: bias for part in parts if (bias := bias_of(program, part)) is not None}
+
+
+def _changing(program: Program, replacements: Sequence[Replacement], biases: bool) -> set[str]:
+    """The weights that are fitted with some replacements, and the `biases`."""
+    parts = [part for one in replacements for part in one.site.parts]
+    return {part.name for part in parts} | ({*_biases(program, parts).values()} if biases else set())
 
 
 def _fitted(

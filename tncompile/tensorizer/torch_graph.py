@@ -17,15 +17,8 @@ from tncompile.frontend.importer import TracedModel
 from tncompile.ir import Array
 
 _aten = torch.ops.aten
-_CHECKS = (
-    "_assert_tensor_metadata",
-    "_assert_scalar",
-    "_assert_async",
-    "sym_constrain_range",
-    "_guards_fn",
-    "sym_constrain_range_for_size",
-)
-
+_FUNCTIONS = 64
+"""That are kept, as each is a copy of the graph."""
 
 _Function = tuple[torch.fx.GraphModule, list[str]]
 """A function, and the names that its arguments have in the traced graph."""
@@ -56,11 +49,47 @@ class TorchGraph:
             tied.append(spec.arg.name)
             self._holders[str(spec.target)] = tied
 
+    def ahead_of(self, weights: Collection[str], wanted: Sequence[str]) -> tuple[str, ...]:
+        """Values from which all that depends on some weights can be computed; of the `wanted` ones those that do not
+        depend on them. What depends on no input is computed anew, and so is what numpy has no array for."""
+        changing = {self._nodes[holder] for name in weights for holder in self._placeholders(name)}
+        fed = {node for name, node in self._nodes.items() if node.op == "placeholder" and name not in self._state}
+        needed = [self._nodes[name] for name in wanted if name in self._nodes]
+        for node in self._exported.graph.nodes:
+            reads = node.all_input_nodes
+            if not fed.isdisjoint(reads):
+                fed.add(node)
+            if not changing.isdisjoint(reads):
+                changing.add(node)
+            if node in changing or node.op == "output":
+                needed += reads
+        found: dict[str, None] = {}
+        seen: set[torch.fx.Node] = set()
+        while needed:
+            node = needed.pop()
+            if node in seen or node in changing or node not in fed or node.op == "placeholder":
+                continue
+            seen.add(node)
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and not value.is_complex() and value.dtype != torch.bfloat16:
+                found[node.name] = None
+            else:
+                needed += node.all_input_nodes
+        return tuple(sorted(found))
+
     def run(
-        self, feeds: Mapping[str, Array], weights: Mapping[str, Array], wanted: Sequence[str], outputs: bool
+        self,
+        feeds: Mapping[str, Array],
+        weights: Mapping[str, Array],
+        wanted: Sequence[str],
+        outputs: bool,
+        known: Mapping[str, Array],
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Outputs by public name (none without `outputs`) and wanted values. TNCompileError where it cannot run."""
-        given: dict[str, torch.Tensor] = {}
+        """Outputs by public name (none without `outputs`) and wanted values, from the inputs and what is `known`.
+
+        TNCompileError where it cannot run.
+        """
+        given = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in known.items()}
         for name, array in weights.items():
             for holder in self._placeholders(name):
                 given[holder] = torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype(holder))
@@ -94,6 +123,8 @@ class TorchGraph:
     def _function(self, wanted: tuple[str, ...], computed: Collection[str], outputs: bool) -> _Function:
         key = (wanted, computed, outputs)
         if key not in self._functions:
+            while len(self._functions) >= _FUNCTIONS:
+                self._functions.pop(next(iter(self._functions)))
             self._functions[key] = self._build(wanted, computed, outputs)
         return self._functions[key]
 
@@ -108,14 +139,12 @@ class TorchGraph:
         inputs = {copy: node.name for node, copy in copies.items() if node.op == "placeholder"}
         inputs |= {_input(graph, copies[self._nodes[name]]): name for name in computed}
         for node in reversed(graph.nodes):
-            if not node.users and node.op in ("call_function", "call_module"):
-                if any(check in str(node.target) for check in _CHECKS):
-                    graph.erase_node(node)
+            if not node.users and node.op not in ("placeholder", "output"):  # nothing here has side effects: checks,
+                graph.erase_node(node)  # and attention, which torch takes to be random
             elif node.target is _aten.einsum.default and len(node.args[1]) > 2:
                 node.target = _einsum
             elif node.target is _aten.view.default:  # other numbers may have other strides
                 node.target = _aten.reshape.default
-        graph.eliminate_dead_code()
         names = [inputs[node] for node in graph.nodes if node.op == "placeholder"]
         return torch.fx.GraphModule(self._exported.graph_module, graph), names
 
