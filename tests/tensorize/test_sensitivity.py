@@ -103,11 +103,11 @@ def test_short_of_time_the_rest_is_estimated_from_like_layers() -> None:
     ticks = itertools.count()
     seen: list[tuple[int, int]] = []
     found = sensitivities(
-        sites, evaluation, {}, seconds=3.5, clock=lambda: next(ticks), progress=lambda *p: seen.append(p)
+        sites, evaluation, {}, seconds=2.2, clock=lambda: next(ticks), progress=lambda *p: seen.append(p)
     )
     measured = [name for name, s in found.sites.items() if s.points]
-    assert len(measured) == 2 and seen[-1] == (2, 5) and {*found.sites} == {s.name for s in sites}
-    assert "3 of 5 weights is estimated" in found.notes[-1]
+    assert len(measured) == 3 and seen[-1] == (3, 5) and {*found.sites} == {s.name for s in sites}
+    assert "2 of 5 weights is estimated" in found.notes[-1]
     assert found.sites["6.weight"].like == "4.weight"
     assert found.sites["6.weight"].factor == found.sites["4.weight"].factor
     assert found.sites["8.weight"].like == "" and found.sites["8.weight"].factor > 0
@@ -124,12 +124,12 @@ def test_a_slow_model_is_measured_on_fewer_samples() -> None:
     class Slow(Runner):
         def run(self, *args: Any, **kwargs: Any) -> Ran:
             nonlocal now
-            now += 1
+            now += 0.3 if kwargs.get("known") or args[4:] not in ((), ({},)) else 1  # from where it changes
             return super().run(*args, **kwargs)
 
     found = sensitivities(sites, Evaluation(Slow(model), data), {}, seconds=40, clock=lambda: now)
-    assert all(one.points for one in found.sites.values()) and now <= 42  # two to see how long one takes
-    assert found.notes == ("how much each weight matters was measured on 20 samples: there was no time for more",)
+    assert all(one.points for one in found.sites.values()) and now <= 2 * 40
+    assert found.notes == ("how much each weight matters was measured on 36 samples: there was no time for more",)
     whole = sensitivities(sites, Evaluation(Runner(model), data), {}, seconds=1e9)
     assert not whole.notes
     for name, one in found.sites.items():

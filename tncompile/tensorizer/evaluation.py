@@ -36,12 +36,13 @@ class Evaluation:
         self._bytes = 0
 
     def within(self, seconds: float, passes: int, clock: Callable[[], float] = time.monotonic) -> Evaluation:
-        """One over so few of the runs that so many passes take about `seconds`; over one at least."""
+        """One over so few of the runs that so many passes, of half the model on average, take about `seconds`; over one
+        at least."""
         feeds = next(iter(self.calibration))
         self.runner.run(feeds)  # a first call takes longer
         start = clock()
         self.runner.run(feeds)
-        whole = (clock() - start) * len(self.calibration) * (1 + passes)  # and the outputs to compare with
+        whole = (clock() - start) * len(self.calibration) * (1 + passes / 2)  # and the outputs to compare with
         if whole <= seconds:
             return self
         return Evaluation(self.runner, self.calibration.take(int(self.calibration.samples * seconds / whole)))

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tncompile.ir import Array
+from tncompile.ir import Array, Network, Program
 from tncompile.tensorizer.evaluation import Evaluation
 from tncompile.tensorizer.moments import Moments, local_error
 from tncompile.tensorizer.sites import Site
+from tncompile.tensorizer.upstream import Upstream
 
 STRENGTHS = (0.05, 0.2)
 """Local errors of the noise that is tried where no perturbations are given."""
@@ -89,16 +90,16 @@ def sensitivities(
     progress: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Sensitivities:
-    """Measure each site, the largest first, one pass over the calibration data for each perturbation.
+    """Measure each site, in the order of the model, one pass over the calibration data for each perturbation.
 
     Where all passes would take more than `seconds`, they are over fewer data: a site that is not measured is judged
-    worse than one that is measured on little. What is left after `seconds` all the same is estimated from measured
+    worse than one that is measured on little. What is left after twice that all the same is estimated from measured
     sites of the same shape, or else from the median of all; one is measured in any case. Notes say both.
     """
     start, measured = clock(), dict[str, Sensitivity]()
     tried: dict[str, Array] = {}
     alone: list[float] = []
-    order = sorted(sites, key=lambda site: -site.size)
+    order = _in_order(sites, evaluation.runner.model.program)
     perturbed = {site.name: (perturbations or {}).get(site.name, ()) for site in order}
     notes: tuple[str, ...] = ()
     if seconds is not None:
@@ -107,11 +108,17 @@ def sensitivities(
         if len(evaluation.calibration) < len(whole.calibration):
             samples = evaluation.calibration.samples
             notes = (f"how much each weight matters was measured on {samples} samples: there was no time for more",)
-    for site in order:
-        if seconds is not None and measured and clock() - start > seconds:
+    state = Upstream(evaluation.runner, evaluation.calibration)
+
+    def output_error(weights: Mapping[str, Array]) -> float:
+        return evaluation.of_each(ran.outputs for ran in state.runs(weights, outputs=True))
+
+    for number, site in enumerate(order):
+        if seconds is not None and measured and clock() - start > 2 * seconds:
             break
+        state.advance({part.name for later in order[number:] for part in later.parts})
         given = perturbed[site.name] or [noise(site, moments, strength) for strength in STRENGTHS]
-        points = [(site_error(site, one, moments), evaluation.of_weights(one)) for one in given]
+        points = [(site_error(site, one, moments), output_error(one)) for one in given]
         measured[site.name] = Sensitivity(_factor(points), tuple(points))
         if not any(name in tried for name in given[0]):  # a site of several weights may stand beside those alone
             tried |= given[0]
@@ -126,6 +133,15 @@ def sensitivities(
     expected = math.sqrt(sum(e**2 for e in alone))
     together = evaluation.of_weights(tried) if len(alone) > 1 and expected > 0 else expected
     return Sensitivities(found, together / expected if expected > 0 else 1.0, notes)
+
+
+def _in_order(sites: Sequence[Site], program: Program) -> list[Site]:
+    """Sites by the first node that reads a weight of theirs."""
+    first: dict[str, int] = {}
+    for number, node in enumerate(program.nodes):
+        for name in (core.name for core in node.cores) if isinstance(node, Network) else node.inputs:
+            first.setdefault(name, number)
+    return sorted(sites, key=lambda site: min(first.get(part.name, -1) for part in site.parts))
 
 
 def _factor(points: Sequence[tuple[float, float]]) -> float:
