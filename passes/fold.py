@@ -36,8 +36,9 @@ class Fold(Pass):
 
     A network P is put into its reader Q where
 
-    1. P has cores only, or is a view (one operand, no cores: free to repeat), or Q alone reads it, once, or what it
-       becomes in Q is added into cores that Q has (several uses of one layer, an adapter whose factor others share);
+    1. P has cores only, or is a view (one operand, no cores: free to repeat), or Q alone reads it, once, or all that it
+       becomes in Q can be added into cores of other terms (an adapter whose factor others share) or, where Q alone
+       reads P, into one term (several uses of one layer);
     2. at most one term of P has operands, or Q only adds and rearranges it: else Q's cores would be applied
        to each term on its own;
     3. P has no constant terms, or all else in Q's term are cores: else biases would become run-time work;
@@ -116,7 +117,7 @@ class Fold(Pass):
                 self._check(producer, reader)
                 merged = self._inlined(reader, producer)
                 if producer.operands and (others or reads > 1) and not is_view(producer):
-                    merged = self._added(merged, reader, source, others)
+                    merged = self._added(merged, reader, producer, others)
             except CannotEdit as reason:
                 declined[source] = str(reason)
                 continue
@@ -148,16 +149,21 @@ class Fold(Pass):
                 raise
             return inline(reader, _computed(producer))
 
-    def _added(self, merged: Network, reader: Network, value: str, others: bool) -> Network:
-        """A reader into which a network was put that it reads more than once, or that others read too, where that
-        leaves it no term more than it had: one in place of all that read the value, if others need that no more.
-
-        CannotEdit otherwise."""
-        moving = [t for t in merged.terms if not t.is_constant]
-        without = sum(not t.is_constant and all(o.name != value for o in t.operands) for t in reader.terms)
-        terms = merge_like_terms(merged, moving, [])
-        if not self.add or len(terms) > without + (not others):
+    def _added(self, merged: Network, reader: Network, producer: Network, others: bool) -> Network:
+        """`merged`, into which a producer was put that the reader reads more than once or that `others` read too, with
+        like terms added up. CannotEdit where one more term would be left than without the producer, or two if the
+        producer is needed no more."""
+        value = producer.output.name
+        reads = [sum(t.name == value for t in term.operands) for term in reader.terms]
+        if not self.add or max(reads) > 1:
             raise CannotEdit(SHARED)
+        put_in = [bool(n) for n in reads for _ in range(len(producer.terms) if n else 1)]
+        moving = [(new, t) for new, t in zip(put_in, merged.terms, strict=True) if not t.is_constant]
+        old = merge_like_terms(merged, [t for new, t in moving if not new], [], shapes_only=True)
+        all_ = merge_like_terms(merged, [*old, *(t for new, t in moving if new)], [], shapes_only=True)
+        if len(all_) > len(old) + (not others):
+            raise CannotEdit(SHARED)
+        terms = merge_like_terms(merged, [t for _, t in moving], [])
         return replace(merged, terms=(*terms, *(t for t in merged.terms if t.is_constant)))
 
     def _check(self, producer: Network, reader: Network) -> None:
@@ -290,12 +296,17 @@ def _aligned(term: Term, keep: Sequence[Index]) -> Array:
     return evaluate_term(replace(term, order=order), keep, {}, lambda index: int(index.size))
 
 
-def merge_like_terms(network: Network, terms: list[Term], changes: list[Change]) -> list[Term]:
-    """``x W + x A B`` -> ``x (W + A B)`` where the product has the indices of W."""
+def merge_like_terms(
+    network: Network, terms: Sequence[Term], changes: list[Change], shapes_only: bool = False
+) -> list[Term]:
+    """``x W + x A B`` -> ``x (W + A B)`` where the sum is no larger than the largest of the cores.
+
+    With `shapes_only` nothing is computed: the new cores are all zeros and take no memory.
+    """
     result: list[Term] = []
     for term in terms:
         for k, other in enumerate(result):
-            merged = _merge_like(network, other, term)
+            merged = _merge_like(network, other, term, shapes_only)
             if merged is not None:
                 result[k] = merged
                 what = f"{merged_name([c.name for c in term.cores])} added into {other.cores[0].name}"
@@ -306,7 +317,7 @@ def merge_like_terms(network: Network, terms: list[Term], changes: list[Change])
     return result
 
 
-def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
+def _merge_like(network: Network, a: Term, b: Term, shapes_only: bool) -> Term | None:
     """One term for two that apply cores to the same modes of one operand; None where that would cost more."""
     if len(a.operands) != 1 or len(b.operands) != 1 or a.operands[0].name != b.operands[0].name:
         return None
@@ -331,21 +342,26 @@ def _merge_like(network: Network, a: Term, b: Term) -> Term | None:
         renamed[w.kernel] = kernel
     if slid:
         return None
-    ours, theirs = _core_indices(network, a), _core_indices(network, b)
-    named = {i.name: i for i in ours}, {(name := renamed.get(i.name, i.name)): replace(i, name=name) for i in theirs}
-    more, fewer = sorted(named, key=len, reverse=True)
-    kept = more | fewer
+    own = [_core_indices(network, a), _core_indices(network, b)]
+    first = {i.name: i for i in own[0]}
+    second = {name: replace(i, name=name) for i in own[1] for name in (renamed.get(i.name, i.name),)}
+    kept = second | first if len(second) > len(first) else first | second
     largest = max(c.data.size for t in (a, b) for c in t.cores if c.data is not None)
-    if math.prod(int(i.size) for i in kept.values()) > largest:
+    shape = [int(i.size) for i in kept.values()]
+    if math.prod(shape) > largest:
         return None
     total: Array = np.zeros([1] * len(kept))
-    for term, own, names in zip((a, b), (ours, theirs), named, strict=True):
-        product = merge(term.cores, left_to_right(range(len(term.cores))), own)
-        product = einsum([(product, (*names,))], [n for n in kept if n in names])
-        total = total + product.reshape([int(i.size) if n in names else 1 for n, i in kept.items()])
+    for term, indices, names in zip((a, b), own, (first, second), strict=True):
+        if not shapes_only:
+            product = merge(term.cores, left_to_right(range(len(term.cores))), indices)
+            product = einsum([(product, (*names,))], [n for n in kept if n in names])
+            total = total + product.reshape([int(i.size) if n in names else 1 for n, i in kept.items()])
+    with np.errstate(over="ignore"):
+        data = np.broadcast_to(total, shape).astype(network.dtype) if not shapes_only else np.broadcast_to(total, shape)
+    if not shapes_only and np.isfinite(total).all() and not np.isfinite(data).all():
+        return None  # the sum does not fit into float16
     name = f"{merged_name([c.name for c in a.cores])}+{merged_name([c.name for c in b.cores])}"
-    made = sources_of((*a.cores, *b.cores))
-    core = Tensor(name, tuple((i,) for i in kept.values()), total.astype(network.dtype), origins=made)
+    core = Tensor(name, tuple((i,) for i in kept.values()), data, origins=sources_of((*a.cores, *b.cores)))
     return Term((x, core), windows=a.windows)
 
 

@@ -30,6 +30,17 @@ class Picks:
     dropped: int | None = None
 
 
+def after(lower: Picks, upper: Picks) -> Picks | None:
+    """What is picked of what is picked, at once; None where axes are counted differently."""
+    if lower.dropped is not None:
+        return None
+    along = dict(lower.along)
+    for axis, positions in upper.along.items():
+        below = along.get(axis)
+        along[axis] = positions if below is None else tuple(p if p == NOTHING else below[p] for p in positions)
+    return Picks(lower.source, along, upper.dropped)
+
+
 def zeros_of(program: Program) -> frozenset[str]:
     """The values that are 0 everywhere."""
     found: set[str] = set()
@@ -55,6 +66,8 @@ def picks_of(node: Node, values: Mapping[str, Value], zeros: Collection[str]) ->
             return None
     source = values.get(args[0].name) if isinstance(args[0], Ref) else None
     if source is None or source.shape is None or source.dtype not in NETWORK_DTYPES:
+        return None
+    if source.dtype != node.output.dtype:  # written into zeros of another
         return None
     along = _READ[node.target](source.shape, node.output.shape or (), args[1:])
     if along is None:

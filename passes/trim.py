@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from tncompile.ir import Index, Network, Node, Opaque, Program, Ref, Tensor, Ter
 from tncompile.ir.edit import fresh, unique_cores
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.clean import drop_dead
-from tncompile.passes.picks import NOTHING, Picks, picks_of, zeros_of
+from tncompile.passes.picks import NOTHING, Picks, after, picks_of, zeros_of
 from tncompile.passes.stacks import SLICE
 
 WHY = "only what is read of it is computed"
@@ -35,19 +36,22 @@ class Trim(Pass):
        its cores that have the index; of an operand that has it a slice is read, where the network does work.
     2. A network reads what a value was picked from where the index is summed, lies on no other operand, and all
        positions are still read: in its cores they are put in that order, and those that are 0 are dropped.
-    3. Terms that are multiplied by zeros are dropped.
+    3. Terms that are multiplied by zeros are dropped. (Here and in 2, weights are taken to be finite.)
+    4. A core that others have too is not copied for the order of its positions alone.
     """
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
-        before = program
         zeros = zeros_of(program)
-        if zeros:
-            program = replace(program, nodes=tuple(_without(node, zeros, changes) for node in program.nodes))
-        while (found := _first(drop_dead(program, []))) is not None:
-            program, change = found
-            changes.append(change)
-        return (unique_cores(drop_dead(program, [])) if changes else before), changes
+        nodes = [_without(node, zeros, changes) for node in program.nodes] if zeros else [*program.nodes]
+        done = replace(program, nodes=tuple(nodes))
+        while True:
+            before = len(changes)
+            done = _readers(drop_dead(done, []), changes)
+            done = _producers(drop_dead(done, []), changes)
+            if len(changes) == before:
+                break
+        return (unique_cores(done) if changes else program), changes
 
 
 def _without(node: Node, zeros: frozenset[str], changes: list[Change]) -> Node:
@@ -63,44 +67,79 @@ def _without(node: Node, zeros: frozenset[str], changes: list[Change]) -> Node:
     return replace(node, terms=terms)
 
 
-def _first(program: Program) -> tuple[Program, Change] | None:
-    """The program with one node taken into the cores of a network; None where there is none left."""
-    zeros, values, uses = zeros_of(program), program.values, program.uses
-    shown = {name for _, name in program.outputs}
-    made = {node.value.name: node for node in program.nodes}
-    picks = {name: found for name, node in made.items() if (found := picks_of(node, values, zeros)) is not None}
+def _all_picks(program: Program) -> dict[str, tuple[Picks, ...]]:
+    """What every node picks of the value that it reads, and of what that was picked from in turn."""
+    zeros, values = zeros_of(program), program.values
+    found: dict[str, tuple[Picks, ...]] = {}
+    for node in program.nodes:
+        own = picks_of(node, values, zeros)
+        if own is not None:
+            deeper = (after(below, own) for below in found.get(own.source.name, ()))
+            found[node.value.name] = (own, *(picks for picks in deeper if picks is not None))
+    return found
+
+
+def _shared(program: Program) -> frozenset[int]:
+    """The arrays that several cores have."""
+    count = Counter(id(core.data) for network in program.networks for core in network.cores)
+    return frozenset(array for array, uses in count.items() if uses > 1)
+
+
+def _readers(program: Program, changes: list[Change]) -> Program:
+    """Networks that read what their operands were picked from."""
+    picks, shared = _all_picks(program), _shared(program)
+    if not picks:
+        return program
+    nodes = []
+    for node in program.nodes:
+        while isinstance(node, Network) and (reader := _read_before(node, picks, shared)) is not None:
+            node = reader
+            changes.append(Change(node.output.name, "positions are picked in its cores", WHY))
+        nodes.append(node)
+    return replace(program, nodes=tuple(nodes))
+
+
+def _producers(program: Program, changes: list[Change]) -> Program:
+    """Networks that compute what is picked of their outputs."""
+    picks, shared = _all_picks(program), _shared(program)
+    uses, shown = program.uses, {name for _, name in program.outputs}
+    taken = {*program.values, *program.arrays}
+    nodes: dict[str, Node] = {}
     for node in program.nodes:
         name = node.value.name
-        if isinstance(node, Network):
-            reader = _read_before(node, picks)
-            if reader is not None:
-                return _with(program, {name: (reader,)}), Change(name, "positions are picked in its cores", WHY)
-        elif isinstance(node, Opaque) and name in picks:
-            source = picks[name].source.name
-            producer = made.get(source)
-            if isinstance(producer, Network) and uses[source] == 1 and source not in shown:
-                nodes = _made_so(producer, node, picks[name], {*values, *program.arrays})
-                if nodes is not None:
-                    done = _with(program, {source: (), name: nodes})
-                    return done, Change(name, f"positions are picked in the cores of {source}", WHY)
-    return None
-
-
-def _with(program: Program, instead: Mapping[str, Sequence[Node]]) -> Program:
-    nodes = (new for node in program.nodes for new in instead.get(node.value.name, (node,)))
-    return replace(program, nodes=tuple(nodes))
+        nodes[name] = node
+        if not isinstance(node, Opaque) or name not in picks:
+            continue
+        deepest = picks[name][-1]
+        passed = [one.source.name for one in picks[name]]
+        source = passed[-1]
+        producer = nodes.get(source)
+        if not isinstance(producer, Network) or any(uses.get(n, 0) != 1 or n in shown for n in passed):
+            continue
+        made = _made_so(producer, node, deepest, taken, shared)
+        if made is not None:
+            for gone in (*passed, name):
+                del nodes[gone]
+            nodes |= {new.value.name: new for new in made}
+            uses.update({new.value.name: 1 for new in made[:-1]})
+            changes.append(Change(name, f"positions are picked in the cores of {source}", WHY))
+    return replace(program, nodes=tuple(nodes.values()))
 
 
 # ------------------------------------------------------------------------------ what a network makes
 
 
-def _made_so(network: Network, node: Opaque, picks: Picks, taken: set[str]) -> tuple[Node, ...] | None:
+def _made_so(
+    network: Network, node: Opaque, picks: Picks, taken: set[str], shared: Collection[int]
+) -> tuple[Node, ...] | None:
     """The nodes that compute what was picked of a network's output; None where that does not go, or gains nothing."""
     before: list[Node] = []
     slid = {name for term in network.terms for window in term.windows for name in window.names}
     for axis, positions in picks.along.items():
         (index, *more) = network.output.axes[axis] or (None,)
-        if index is None or more or NOTHING in positions or index.name in slid:
+        if index is None or more or not positions or NOTHING in positions or index.name in slid:
+            return None
+        if len(positions) >= int(index.size) and _has(network.cores, index, shared):
             return None
         cut = _Cut(index, positions, node if network.cores else None, taken, before)
         try:
@@ -111,6 +150,11 @@ def _made_so(network: Network, node: Opaque, picks: Picks, taken: set[str]) -> t
         network = replace(network, terms=terms, output=replace(network.output, axes=output))
     shown = tuple(a for k, a in enumerate(network.output.axes) if k != picks.dropped)
     return *before, replace(network, output=Tensor(node.output.name, shown))
+
+
+def _has(cores: Sequence[Tensor], index: Index, shared: Collection[int]) -> bool:
+    """Whether one of some cores has an index and an array that others have too."""
+    return any(id(core.data) in shared and index in core.indices for core in cores)
 
 
 class _Stays(Exception):
@@ -168,18 +212,18 @@ def picked(core: Tensor, index: Index, positions: Sequence[int], name: str = "")
 # ------------------------------------------------------------------------------ what a network reads
 
 
-def _read_before(network: Network, picks: Mapping[str, Picks]) -> Network | None:
+def _read_before(network: Network, picks: Mapping[str, Sequence[Picks]], shared: Collection[int]) -> Network | None:
     """A network that reads what one of its operands was picked from; None where it reads none such."""
     for number, term in enumerate(network.terms):
         for position, operand in enumerate(term.tensors):
-            if not operand.is_core and operand.name in picks:
-                new = _term(network, term, position, picks[operand.name])
+            for way in picks.get(operand.name, ()) if not operand.is_core else ():
+                new = _term(network, term, position, way, shared)
                 if new is not None:
                     return replace(network, terms=(*network.terms[:number], new, *network.terms[number + 1 :]))
     return None
 
 
-def _term(network: Network, term: Term, position: int, picks: Picks) -> Term | None:
+def _term(network: Network, term: Term, position: int, picks: Picks, shared: Collection[int]) -> Term | None:
     """A term that reads the source of the picks at one position; None where its cores cannot do what they did."""
     if picks.dropped is not None:
         return None
@@ -196,6 +240,8 @@ def _term(network: Network, term: Term, position: int, picks: Picks) -> Term | N
         order = {p: j for j, p in enumerate(positions) if p != NOTHING}
         kept = len(positions) - positions.count(NOTHING)
         if max(counts) > 1 or not cores or len(cores) + 1 < sum(counts) or not len(order) == kept == shape[axis]:
+            return None
+        if kept == len(positions) and _has([tensors[k] for k in cores], index, shared):
             return None
         new = Index(fresh(index.name, taken), len(order))
         taken.add(new.name)

@@ -105,6 +105,21 @@ def test_adapters_become_one_with_their_layer(name: str) -> None:
     torch.testing.assert_close(torch.from_numpy(compiled.run(x)).double(), wanted, rtol=1e-5, atol=2e-5)
 
 
+def test_a_spectrum_of_a_layer_is_no_quadratic_form() -> None:
+    """|x W F|² by a core of the squares would be below zero now and then, and its root no number."""
+    model = Model(lambda m, x: torch.fft.fft(x @ m.w).abs(), w=normal(16, 16)).eval()
+    x = normal(3, 16)
+    found = torch.from_numpy(tncompile.compile(model, (x,)).run(x)).double()
+    torch.testing.assert_close(found, model.double()(x.double()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_float16_sum_that_does_not_fit_is_not_merged() -> None:
+    large = Model(lambda m, x: x @ m.a + x @ m.b, a=torch.full((8, 8), 6e4), b=torch.full((8, 8), 6e4)).half()
+    traced = import_exported(trace(large.eval(), (normal(3, 8).half(),)))
+    program, _ = Pipeline((Clean(), Fold()), scheduled=False).run(traced.program, Context())
+    assert [len(n.terms) for n in program.networks] == [2]
+
+
 def test_a_float16_product_that_does_not_fit_is_not_merged() -> None:
     large = Model(lambda m, x: x @ m.a @ m.b, a=normal(64, 16) * 900, b=normal(16, 64) * 900).half()
     traced = import_exported(trace(large.eval(), (normal(3, 64).half(),)))

@@ -273,6 +273,61 @@ program
     assert [core.shape for core in term.cores] == [(6,)]
 
 
+def test_a_value_that_meets_itself_is_computed_once() -> None:
+    """h·h is no product of two layers."""
+    text = """
+program
+  input x: float32[batch, 3]
+  network h: float32[batch, 4]
+    indices b=batch, i=3, o=4
+    term
+      0 operand x[b, i]
+      1 core W[i, o]
+    -> h[b, o]
+  network y: float32[batch, 4]
+    indices b=batch, o=4
+    term
+      0 operand h[b, o]
+      1 operand h[b, o]
+    -> y[b, o]
+  output y = y
+"""
+    after, _ = apply_pass(Fold(), program_of(text), tolerance=1e-6)
+    assert [n.output.name for n in after.networks] == ["h", "y"]
+
+
+def test_terms_that_merge_anyway_make_no_room() -> None:
+    """Two terms of x become one; that is no reason to compute another layer twice."""
+    text = """
+program
+  input x: float32[batch, 8]
+  input z: float32[batch, 8]
+  network h: float32[batch, 2]
+    indices b=batch, i=8, r=2
+    term
+      0 operand z[b, i]
+      1 core Z[i, r]
+    -> h[b, r]
+  opaque t: float32[batch, 2] = aten.tanh.default(%h)
+  network y: float32[batch, 8]
+    indices b=batch, i=8, o=8, r=2
+    term
+      0 operand x[b, i]
+      1 core A[i, o]
+    term
+      0 operand x[b, i]
+      1 core B[i, o]
+    term
+      0 operand h[b, r]
+      1 core C[r, o]
+    -> y[b, o]
+  output y = y
+  output t = t
+"""
+    after, _ = apply_pass(Fold(), program_of(text), tolerance=1e-6)
+    assert [(n.output.name, n.inputs) for n in after.networks] == [("h", ("z",)), ("y", ("x", "h"))]
+
+
 def test_cores_of_different_modes_stay_two() -> None:
     """x A along one mode of the result and x B along another: their sum has both, and is larger than either."""
     text = """

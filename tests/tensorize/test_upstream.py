@@ -14,18 +14,20 @@ from tncompile.tensorizer.upstream import Upstream
 
 
 class Residual(nn.Module):
-    """Layers whose input goes on beside them, a mask that no weight touches, and sizes that a trace reads."""
+    """Layers whose input goes on beside them, a mask that no weight touches, a scale for all, and sizes that a trace
+    reads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
         self.last = nn.Linear(12, 5)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mask, h = x > 0, x.tanh()
+        scale = self.layers[0](h).abs().max()
         for layer in self.layers:
-            h = h + torch.where(mask, layer(h), 0).reshape(x.shape[0], -1)
-        return self.last(h), h.argmax(1)
+            h = h + torch.where(mask, layer(h) / scale, 0).reshape(x.shape[0], -1)
+        return self.last(h), h.argmax(1), scale
 
 
 def others(runner: Runner, names: list[str]) -> dict[str, np.ndarray]:
@@ -75,7 +77,7 @@ def test_what_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     state.advance(["4.weight"])
     known: list[object] = []
     run = runner.run
-    monkeypatch.setattr(runner, "run", lambda *args: known.append(args[4]) or run(*args))
+    monkeypatch.setattr(runner, "run", lambda *args, **named: known.append(named["known"]) or run(*args, **named))
     (found,) = np.concatenate([next(iter(ran.outputs.values())) for ran in state.runs(None, outputs=True)])[None]
     assert known == [{}] * 3
     with torch.no_grad():

@@ -336,7 +336,7 @@ class Scheduler:
         if direct:
             seconds = self.profile.direct_time(batch, channels, filters, taps, space)
         else:
-            volume = len(self.axes) > IMAGE
+            volume = len(self.windows) > 2 or len(self.axes) > IMAGE
             seconds = self.profile.convolution_time(
                 batch, groups, channels, filters, taps, space, self.itemsize, volume
             )

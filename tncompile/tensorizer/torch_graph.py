@@ -89,12 +89,12 @@ class TorchGraph:
 
         TNCompileError where it cannot run.
         """
-        given = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in known.items()}
+        given = {name: _tensor(array) for name, array in known.items()}
         for name, array in weights.items():
             for holder in self._placeholders(name):
-                given[holder] = torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype(holder))
+                given[holder] = _tensor(array).to(self._dtype(holder))
         function, names = self._function(tuple(wanted), frozenset(n for n in given if n not in self._state), outputs)
-        given |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+        given |= {name: _tensor(array) for name, array in feeds.items()}
         args = [given[name] if name in given else self._state.get(name) for name in names]
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -122,11 +122,11 @@ class TorchGraph:
 
     def _function(self, wanted: tuple[str, ...], computed: Collection[str], outputs: bool) -> _Function:
         key = (wanted, computed, outputs)
-        if key not in self._functions:
-            while len(self._functions) >= _FUNCTIONS:
-                self._functions.pop(next(iter(self._functions)))
-            self._functions[key] = self._build(wanted, computed, outputs)
-        return self._functions[key]
+        found = self._functions.pop(key, None) or self._build(wanted, computed, outputs)
+        while len(self._functions) >= _FUNCTIONS:
+            self._functions.pop(next(iter(self._functions)))
+        self._functions[key] = found  # the last one used is the last to go
+        return found
 
     def _build(self, wanted: Sequence[str], computed: Collection[str], outputs: bool) -> _Function:
         graph = torch.fx.Graph()
@@ -138,9 +138,10 @@ class TorchGraph:
         graph.output((shown if outputs else (), tuple(copies[self._nodes[name]] for name in wanted)))
         inputs = {copy: node.name for node, copy in copies.items() if node.op == "placeholder"}
         inputs |= {_input(graph, copies[self._nodes[name]]): name for name in computed}
+        # nothing here has side effects; torch's own search for dead code keeps checks, and attention as random
         for node in reversed(graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):  # nothing here has side effects: checks,
-                graph.erase_node(node)  # and attention, which torch takes to be random
+            if not node.users and node.op not in ("placeholder", "output"):
+                graph.erase_node(node)
             elif node.target is _aten.einsum.default and len(node.args[1]) > 2:
                 node.target = _einsum
             elif node.target is _aten.view.default:  # other numbers may have other strides
@@ -168,6 +169,10 @@ def _einsum(equation: str, operands: Sequence[torch.Tensor], path: Any = None) -
 @functools.lru_cache(maxsize=256)
 def _path(equation: str, shapes: tuple[tuple[int, ...], ...]) -> Any:
     return einsum_path(equation, shapes)
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array, order="C"))  # np.ascontiguousarray makes one axis of none
 
 
 def _array(tensor: Any) -> Array:

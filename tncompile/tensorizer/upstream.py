@@ -8,7 +8,7 @@ from tncompile.ir import Array
 from tncompile.tensorizer.data import Calibration
 from tncompile.tensorizer.runner import Ran, Runner
 
-KEPT = 1 << 30
+KEPT = 1 << 28
 """Bytes of values that are kept at most; of larger ones the model is run from an earlier place, or from its inputs."""
 
 
@@ -32,7 +32,7 @@ class Upstream:
         kept: list[Mapping[str, Array]] = []
         size = 0
         for ran in self.runs(weights, names):
-            kept.append(ran.values)
+            kept.append({name: array.copy() for name, array in ran.values.items()})  # not views of larger ones
             size += sum(array.nbytes for array in ran.values.values())
             if size * len(self.calibration) > KEPT * len(kept):
                 return
@@ -43,4 +43,4 @@ class Upstream:
     ) -> Iterator[Ran]:
         """Each run of the data in order, as `Runner.run` gives it."""
         for feeds, kept in zip(self.calibration, self._kept, strict=True):
-            yield self.runner.run(feeds, weights, wanted, outputs, kept)
+            yield self.runner.run(feeds, weights, wanted, outputs, known=kept)
