@@ -156,3 +156,20 @@ def test_a_circuit_is_one_network() -> None:
 def test_a_refusal_has_the_line() -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)aten.angle.default on complex .*test_complex.py:\d+"):
         computable(trace(Model(lambda x, w: (x @ w).angle()), (torch.randn(3, 4).double(),)))
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x: torch.fft.rfft(x.repeat(1, 2000)).abs(), "of 8,000 points; as products"),
+        (lambda x: torch.stft(x.repeat(1, 2000), 5000, window=torch.ones(5000), return_complex=True).abs(), "of 5,000"),
+        (lambda x: torch.stft(x, 4, window=torch.ones(4) * 1j, center=False, return_complex=True).abs(), "is complex"),
+    ],
+)
+def test_what_is_not_supported_says_why(function: Callable[[torch.Tensor], torch.Tensor], why: str) -> None:
+    class Transform(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    with pytest.raises(UnsupportedError, match=why):
+        tncompile.compile(Transform().eval(), (torch.randn(2, 4),))

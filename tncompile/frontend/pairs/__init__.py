@@ -13,7 +13,7 @@ from torch.export.graph_signature import ExportGraphSignature, OutputSpec, Tenso
 
 from tncompile.errors import UnsupportedError
 from tncompile.frontend.pairs import fourier, products, tensors  # noqa: F401  (they register their rules)
-from tncompile.frontend.pairs.builder import RULES, Builder, Node, is_complex
+from tncompile.frontend.pairs.builder import RULES, Builder, Node, NoRule, is_complex
 from tncompile.frontend.sources import innermost_line
 
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
@@ -44,15 +44,16 @@ def _rewrite(builder: Builder, node: Node) -> None:
         return
     rule = RULES.get(node.target)
     builder.node = node
+    why = " on complex numbers is not supported; write it on real and imaginary parts (torch.view_as_real)"
     with builder.graph.inserting_before(node):
-        result = None if rule is None else rule(builder, *node.args, **node.kwargs)
+        try:
+            result = None if rule is None else rule(builder, *node.args, **node.kwargs)
+        except NoRule as reason:
+            result, why = None, f" is not supported: {reason}"
     if result is None:
         line = innermost_line(node.meta.get("stack_trace") or "", "")
         where = f", at {line} ({line.code})" if line.file else ""
-        raise UnsupportedError(
-            f"{node.target} on complex numbers is not supported; write it on real and imaginary parts "
-            f"(torch.view_as_real){where}"
-        )
+        raise UnsupportedError(f"{node.target}{why}{where}")
     if is_complex(node) or isinstance(node.meta.get("val"), (tuple, list)):
         builder.pairs[node] = result
     else:

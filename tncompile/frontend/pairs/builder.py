@@ -28,6 +28,10 @@ def rule(*targets: Any) -> Callable[[R], R]:
     return add
 
 
+class NoRule(Exception):
+    """Why a rule has no real node for what it is given; for the user."""
+
+
 def is_complex(node: Any) -> bool:
     """Whether a node's value is a complex tensor."""
     value = node.meta.get("val") if isinstance(node, Node) else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tncompile.frontend.pairs.builder import Builder, Node, rule
+from tncompile.frontend.pairs.builder import Builder, Node, NoRule, rule
 
 _aten = torch.ops.aten
 LONGEST_TRANSFORM = 4096
@@ -71,8 +71,9 @@ def _along(
     """One axis of a real tensor, or of a pair, transformed; None where the axis is too long, or of no fixed size."""
     example = value.meta["val"]
     size, ndim = example.shape[axis], example.ndim - paired
-    if not isinstance(size, int) or not (n is None or isinstance(n, int)) or max(size, n or 0) > LONGEST_TRANSFORM:
-        return None
+    if not isinstance(size, int) or not (n is None or isinstance(n, int)):
+        raise NoRule("the size of its axis is dynamic; trace it with a fixed one")
+    _is_short(max(size, n or 0))
     each = torch.eye(size, dtype=torch.complex128 if paired else torch.float64)
     matrix = function(each, n, -1, norm)  # [from, to]
     if paired:  # what i makes of it too
@@ -88,6 +89,11 @@ def _along(
     before, after = axes + "Z" * paired, axes.replace(axes[axis], "Y") + "X" * becomes_pair
     table = axes[axis] + "Z" * paired + "Y" + "X" * becomes_pair
     return b.call(_aten.einsum.default, f"{before},{table}->{after}", [value, weight])
+
+
+def _is_short(points: int) -> None:
+    if points > LONGEST_TRANSFORM:
+        raise NoRule(f"of {points:,} points; as products, transforms have up to {LONGEST_TRANSFORM:,}")
 
 
 @rule(_aten.fft_fftshift.default, _aten.fft_ifftshift.default)
@@ -119,7 +125,10 @@ def _frames(
 ) -> Node | None:
     """A transform of each frame of a real signal (time) or (batch, time) is a convolution with the matrix, whose rows
     are multiplied by the window: as torch.stft gives it, (batch, frequency, frame)."""
-    if x in b.pairs or window in b.pairs or align_to_window or not isinstance(n_fft, int) or n_fft > LONGEST_TRANSFORM:
+    if x in b.pairs or window in b.pairs:
+        raise NoRule("its signal or its window is complex")
+    _is_short(n_fft)
+    if align_to_window:
         return None
     width = win_length or n_fft
     turns = torch.outer(torch.arange(n_fft if onesided is False else n_fft // 2 + 1), torch.arange(n_fft)) % n_fft
