@@ -67,7 +67,7 @@ def prepare(case: Pretrained, folder: Path, options: Mapping[str, Any]) -> dict[
         "parameters": ways.parameters(module),
         "in_layers": sum(ways.parameters(layer) for layer in layers),
         "calibration_rows": len(inputs[0]),
-        "machine": machine("torch", "onnxruntime", "tensorly-torch"),
+        "machine": machine("torch", "onnxruntime", "onnxruntime-gpu", "tensorly-torch"),
         "threads": options["threads"],
     }
 
