@@ -80,8 +80,9 @@ def _all_picks(program: Program) -> dict[str, tuple[Picks, ...]]:
 
 
 def _shared(program: Program) -> frozenset[int]:
-    """The arrays that several cores have."""
+    """The arrays that several cores have, or a core and another node."""
     count = Counter(id(core.data) for network in program.networks for core in network.cores)
+    count.update(map(id, program.weights.values()))
     return frozenset(array for array, uses in count.items() if uses > 1)
 
 
