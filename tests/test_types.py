@@ -318,7 +318,13 @@ def test_complex_inputs_and_outputs_are_pairs() -> None:
     assert len(compiled.program.networks) == len(compiled.program.nodes) == 1
 
 
-@pytest.mark.parametrize("function", [lambda m, x: torch.fft.fft(x, dim=0).abs(), lambda m, x: (x * m.p).tanh().abs()])
-def test_what_has_no_rule_is_named(function: Callable[..., Any]) -> None:
-    with pytest.raises(UnsupportedError, match=r"aten\.(fft_fft|tanh)\.default on complex numbers is not supported"):
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: torch.fft.fft(x, dim=0).abs(), r"aten\.fft_fft\.default is not supported: the size of its"),
+        (lambda m, x: (x * m.p).tanh().abs(), r"aten\.tanh\.default on complex numbers is not supported"),
+    ],
+)
+def test_what_has_no_rule_is_named(function: Callable[..., Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
         tncompile.compile(Model(function, p=complex_of(8)), (X,))
