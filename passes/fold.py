@@ -122,7 +122,7 @@ class Fold(Pass):
                 declined[source] = str(reason)
                 continue
             declined = {name: reason for name, reason in declined.items() if reason != SHARED}  # that may fit now
-            uses.update(Counter(t.name for t in merged.operands))
+            uses.update(t.name for t in merged.operands)
             uses.subtract(t.name for t in reader.operands)
             if not others:
                 del nodes[source]
@@ -342,27 +342,33 @@ def _merge_like(network: Network, a: Term, b: Term, shapes_only: bool) -> Term |
         renamed[w.kernel] = kernel
     if slid:
         return None
-    own = [_core_indices(network, a), _core_indices(network, b)]
-    first = {i.name: i for i in own[0]}
-    second = {name: replace(i, name=name) for i in own[1] for name in (renamed.get(i.name, i.name),)}
+    ours, theirs = _core_indices(network, a), _core_indices(network, b)
+    first = {i.name: i for i in ours}
+    second = {i.name: i for i in (replace(i, name=renamed.get(i.name, i.name)) for i in theirs)}
     kept = second | first if len(second) > len(first) else first | second
     largest = max(c.data.size for t in (a, b) for c in t.cores if c.data is not None)
     shape = [int(i.size) for i in kept.values()]
     if math.prod(shape) > largest:
         return None
-    total: Array = np.zeros([1] * len(kept))
-    for term, indices, names in zip((a, b), own, (first, second), strict=True):
-        if not shapes_only:
-            product = merge(term.cores, left_to_right(range(len(term.cores))), indices)
-            product = einsum([(product, (*names,))], [n for n in kept if n in names])
-            total = total + product.reshape([int(i.size) if n in names else 1 for n, i in kept.items()])
-    with np.errstate(over="ignore"):
-        data = np.broadcast_to(total, shape).astype(network.dtype) if not shapes_only else np.broadcast_to(total, shape)
-    if not shapes_only and np.isfinite(total).all() and not np.isfinite(data).all():
-        return None  # the sum does not fit into float16
+    if shapes_only:
+        data = np.broadcast_to(np.zeros((), network.dtype), shape)
+    else:
+        total = _product(a, ours, (*first,), kept) + _product(b, theirs, (*second,), kept)
+        with np.errstate(over="ignore"):
+            data = np.broadcast_to(total, shape).astype(network.dtype)
+        if np.isfinite(total).all() and not np.isfinite(data).all():
+            return None  # the sum does not fit into float16
     name = f"{merged_name([c.name for c in a.cores])}+{merged_name([c.name for c in b.cores])}"
     core = Tensor(name, tuple((i,) for i in kept.values()), data, origins=sources_of((*a.cores, *b.cores)))
     return Term((x, core), windows=a.windows)
+
+
+def _product(term: Term, own: Sequence[Index], names: Sequence[str], kept: Mapping[str, Index]) -> Array:
+    """The product of a term's cores, whose `own` indices are called `names` elsewhere, with one axis for each index
+    that is `kept`, of size 1 where it lacks the index."""
+    product = merge(term.cores, left_to_right(range(len(term.cores))), own)
+    product = einsum([(product, tuple(names))], [name for name in kept if name in names])
+    return product.reshape([int(i.size) if name in names else 1 for name, i in kept.items()])
 
 
 def _split_alike(network: Network, a: Term, b: Term) -> tuple[Term, Term]:

@@ -122,7 +122,6 @@ def _producers(program: Program, changes: list[Change]) -> Program:
             for gone in (*passed, name):
                 del nodes[gone]
             nodes |= {new.value.name: new for new in made}
-            uses.update({new.value.name: 1 for new in made[:-1]})
             changes.append(Change(name, f"positions are picked in the cores of {source}", WHY))
     return replace(program, nodes=tuple(nodes.values()))
 
@@ -182,9 +181,9 @@ class _Cut:
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """A core with the positions, or an operand that has them."""
-        axes = self.axes(tensor)
-        if axes == tensor.axes and self.index not in tensor.indices:
+        if self.index not in tensor.indices:
             return tensor
+        axes = self.axes(tensor)
         return picked(tensor, self.index, self.positions) if tensor.is_core else self._operand(tensor, axes)
 
     def _operand(self, tensor: Tensor, axes: tuple[tuple[Index, ...], ...]) -> Tensor:

@@ -72,24 +72,25 @@ def refit(
     done = Refit(tuple(replacements), {}, 0.0, 0.0)
     error = before = evaluation.of_weights(done.weights())
     levels = _levels(program, replacements)
+    own_biases = [_biases(program, one.site.parts) if biases else {} for one in replacements]
     exact, fitted, held = Upstream(runner, calibration), Upstream(runner, calibration), Upstream(runner, held_out)
     notes: tuple[str, ...] = ()
     for count, places in enumerate(levels):
+        left = [k for later in levels[count:] for k in later]
         if seconds is not None and clock() - start > seconds:
-            left = sum(map(len, levels[count:]))
-            notes = (f"{left} of {len(replacements)} replacements are not fitted again: the time was up",)
+            notes = (f"{len(left)} of {len(replacements)} replacements are not fitted again: the time was up",)
             break
         group = [done.replacements[k] for k in places]
         alike = [one.site for one in group if not one.site.apart]
-        changing = _changing(program, [done.replacements[k] for later in levels[count:] for k in later], biases)
+        changing = {part.name for k in left for part in replacements[k].site.parts}
+        changing |= {bias for k in left for bias in own_biases[k].values()}
         found = crosses(alike, exact, fitted, done.weights(), changing)
         held.advance(changing, done.weights())
         new, changed = list(done.replacements), dict(done.biases)
         for k, one in zip(places, group, strict=True):
             cross = found.get(one.site.parts[0].name)
             if cross is not None and isinstance(one.factorized, TreeFactorized):
-                own = _biases(program, one.site.parts) if biases else {}
-                new[k], moved = _fitted(one, cross, own, runner.model.program.arrays)
+                new[k], moved = _fitted(one, cross, own_biases[k], runner.model.program.arrays)
                 changed |= moved
         tried = replace(done, replacements=tuple(new), biases=changed)
         after = evaluation.of_each(ran.outputs for ran in held.runs(tried.weights(), outputs=True))
@@ -102,12 +103,6 @@ def refit(
 def _biases(program: Program, parts: Sequence[Part]) -> dict[str, str]:
     """The biases of some weights, by name, of those that have one."""
     return {part.name: bias for part in parts if (bias := bias_of(program, part)) is not None}
-
-
-def _changing(program: Program, replacements: Sequence[Replacement], biases: bool) -> set[str]:
-    """The weights that are fitted with some replacements, and the `biases`."""
-    parts = [part for one in replacements for part in one.site.parts]
-    return {part.name for part in parts} | ({*_biases(program, parts).values()} if biases else set())
 
 
 def _fitted(

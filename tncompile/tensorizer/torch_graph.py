@@ -63,7 +63,7 @@ class TorchGraph:
                 changing.add(node)
             if node in changing or node.op == "output":
                 needed += reads
-        found: dict[str, None] = {}
+        found: list[str] = []
         seen: set[torch.fx.Node] = set()
         while needed:
             node = needed.pop()
@@ -72,7 +72,7 @@ class TorchGraph:
             seen.add(node)
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor) and not value.is_complex() and value.dtype != torch.bfloat16:
-                found[node.name] = None
+                found.append(node.name)
             else:
                 needed += node.all_input_nodes
         return tuple(sorted(found))
