@@ -17,7 +17,7 @@ layers: $(READY)
 	$(BIN)/python examples/demo.py --layers
 
 test: $(READY)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) --hypothesis-profile=same -m "not slow" $(ARGS)
 
 test-all: $(READY)
 	$(PYTEST) $(ARGS)

@@ -48,7 +48,7 @@ def _pad(name: str, read: str, size: int, data: st.DataObject) -> tuple[list[str
 
 def _scatter(name: str, read: str, size: int, data: st.DataObject) -> tuple[list[str], int]:
     start, step = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 2))
-    end = start + step * (size - 1) + 1
+    end = start + step * max(size - 1, 0) + (size > 0)
     made = end + data.draw(st.integers(0, 3))
     zeros = _line(f"{name}_0", made, f"new_zeros.default(%{read}, [3, {made}])")
     return [zeros, _line(name, made, f"slice_scatter.default(%{name}_0, %{read}, 1, {start}, {end}, {step})")], made
