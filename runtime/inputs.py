@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,6 +32,10 @@ def fitting(example: Mapping[str, Array], traced: ImportedModel) -> dict[str, Ar
     return fitting
 
 
+MOST = 1 << 30
+"""Bytes that all values of an ONNX file may take in float64 at once: onnx's evaluator lets go of none."""
+
+
 def sizes_to_check(traced: ImportedModel, batches: Sequence[int]) -> list[dict[str, int]]:
     """Sizes of all symbols for each run: the batch as given, others as in the example, then one more each time."""
     symbols = {s for v in traced.program.inputs for d in v.shape or () for s in dims.symbols(d)}
@@ -49,18 +54,36 @@ def sizes_to_check(traced: ImportedModel, batches: Sequence[int]) -> list[dict[s
     return sets
 
 
-def equal_sizes(traced: ImportedModel, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes where symbols of one size in the example have one size: the batch's, if it is among them.
+def affordable(traced: ImportedModel, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes with the batch no larger than the reference of an ONNX file can be computed at."""
+    if not isinstance(traced, OnnxModel) or "batch" not in sizes:
+        return dict(sizes)
+    each = _bytes(traced, {**sizes, "batch": 1})
+    return {**sizes, "batch": max(1, min(sizes["batch"], MOST // each))}
+
+
+def _bytes(traced: OnnxModel, sizes: Mapping[str, int]) -> int:
+    """What the values of a file take in float64, those of known sizes."""
+    shapes = [node.value.shape or () for node in traced.program.nodes]
+    known = [shape for shape in shapes if all(dims.symbols(size) <= sizes.keys() for size in shape)]
+    return max(1, sum(8 * math.prod(dims.evaluate(size, sizes) for size in shape) for shape in known))
+
+
+def other_sizes(traced: ImportedModel, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """Sizes to check at instead, where the model itself does not run at these; the likeliest first.
 
     torch.export leaves two symbols where a model works on two sizes alone that happen to be equal, and where it reads
-    one tensor at the places of another.
+    one tensor at the places of another: symbols of one size in the example have one size, the batch's if it is among
+    them. A file's sizes are often multiples of a number that it does not tell: twice the example's, then the example's.
     """
     if isinstance(traced, OnnxModel):
-        return dict(sizes)
-    first: dict[int, str] = {}
-    for symbol in sorted(sizes, key=lambda s: s != "batch"):
-        first.setdefault(traced.sizes.get(symbol, 2), symbol)
-    return {symbol: sizes[first[traced.sizes.get(symbol, 2)]] for symbol in sizes}
+        wanted = [{s: n if s == "batch" else k * traced.sizes.get(s, n) for s, n in sizes.items()} for k in (2, 1)]
+    else:
+        first: dict[int, str] = {}
+        for symbol in sorted(sizes, key=lambda s: s != "batch"):
+            first.setdefault(traced.sizes.get(symbol, 2), symbol)
+        wanted = [{symbol: sizes[first[traced.sizes.get(symbol, 2)]] for symbol in sizes}]
+    return [other for k, other in enumerate(wanted) if other != sizes and other not in wanted[:k]]
 
 
 def _ranges(traced: ImportedModel) -> dict[str, tuple[int, int]]:

@@ -13,8 +13,6 @@ from tncompile.cost.search import einsum_path
 from tncompile.errors import CheckError, SourceRef
 from tncompile.frontend.importer import TracedModel, source_of
 from tncompile.frontend.mapped import release_pages
-from tncompile.frontend.model import ImportedModel
-from tncompile.frontend.onnx.importer import OnnxModel
 from tncompile.frontend.pairs import is_complex
 from tncompile.ir import Array
 
@@ -47,17 +45,6 @@ def run_traced(traced: TracedModel, feeds: Mapping[str, Array], dtype: torch.dty
     return [_shown(output) for output in outputs if output is not None]
 
 
-def runs_on(traced: ImportedModel, feeds: Mapping[str, Array]) -> bool:
-    """Whether a traced graph runs on these inputs; an ONNX model may, for all that is known."""
-    if isinstance(traced, OnnxModel):
-        return True
-    try:
-        run_traced(traced, feeds, None)
-    except CheckError:
-        return False
-    return True
-
-
 def _shown(output: Any) -> Array:
     if not isinstance(output, torch.Tensor):
         return np.asarray(output)
@@ -88,6 +75,14 @@ class TracedReference:
     def run(self, feeds: Mapping[str, Array]) -> tuple[list[Array], list[Array]]:
         """The outputs in float64, and in the model's own dtype."""
         return run_traced(self.traced, feeds, torch.float64), run_traced(self.traced, feeds, None)
+
+    def runs_on(self, feeds: Mapping[str, Array]) -> bool:
+        """Whether the traced graph takes these inputs."""
+        try:
+            run_traced(self.traced, feeds, None)
+        except CheckError:
+            return False
+        return True
 
     def draws(self) -> tuple[str, SourceRef]:
         """The first operation that may draw random numbers, and where it stands; empty where there is none."""

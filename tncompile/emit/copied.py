@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir
 
+from tncompile.emit.made import made
 from tncompile.emit.opaque import DOMAIN
-from tncompile.frontend.onnx.importer import CAPTURED, OnnxModel, subgraphs
+from tncompile.frontend.onnx.importer import CAPTURED, OnnxModel, subgraphs, target
 from tncompile.frontend.onnx.prepare import embed
 from tncompile.ir import Dim, Opaque, Program, Ref, Value
 from tncompile.ir.opaque import references
@@ -57,11 +58,11 @@ class _Rebuild:
         """Empty the graph; the nodes that opaque values come from, without what no other node is to see any more."""
         old = list(self.graph)
         by_output = {v.name: node for node in old for v in node.outputs if v.name}
-        wanted = {node.value.name for node in self.program.nodes}
+        wanted = {node.value.name: node.target for node in self.program.nodes if isinstance(node, Opaque)}
         nodes = {
             name: by_output[next(v.name for v in origin.node.outputs if v.name)]
             for name, origin in self.source.nodes.items()
-            if name in wanted
+            if wanted.get(name) == target(origin.node)  # else a pass has put another in its place
         }
         self.graph.outputs.clear()
         self.graph.remove(old)
@@ -92,9 +93,9 @@ class _Rebuild:
             assert isinstance(of, Ref) and isinstance(position, int)
             self._define(item.output, self.tuples[of.name].outputs[position])
             return
-        if node is None:  # a weight that is shown as it is
-            result = onnx_ir.Value(name=item.output.name)
-            node = onnx_ir.node("Identity", [self.values[item.inputs[0]]], outputs=[result], name=f"{result.name}/copy")
+        if node is None:
+            *before, node = made(item, self.values)
+            self.graph.extend(before)
         else:
             self._connect(node, item)
         self.graph.append(node)

@@ -267,14 +267,13 @@ class _Importer:
         kwargs = [(name, _arg(attribute)) for name, attribute in sorted(node.attributes.items())]
         if captured:
             kwargs.append((CAPTURED, tuple(map(self._ref, captured))))
-        target = f"{node.domain or 'onnx'}.{node.op_type}"
         named = [(k, v.name) for k, v in enumerate(node.outputs) if v.name]
         if [k for k, _ in named] == [0]:
             value = self.shapes.value(named[0][1])
         else:
             value = Value(fresh(f"{node.name or node.op_type}:outputs", self.names), "tuple")
             self.names.add(value.name)
-        self.nodes.append(Opaque(layer, target, args, tuple(kwargs), value, source))
+        self.nodes.append(Opaque(layer, target(node), args, tuple(kwargs), value, source))
         self.origin[value.name] = Origin(node, tuple(captured))
         if value.name not in dict(named).values():
             for position, name in named:
@@ -341,6 +340,11 @@ def _arg(attribute: onnx_ir.Attr) -> Arg:
         return tuple(value)
     data = onnx_ir.to_proto(attribute).SerializeToString(deterministic=True)
     return f"{attribute.type.name.lower()} {hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def target(node: onnx_ir.Node) -> str:
+    """What an opaque node of a program calls the operator of a node."""
+    return f"{node.domain or 'onnx'}.{node.op_type}"
 
 
 def layer_of(node: onnx_ir.Node) -> str:

@@ -58,6 +58,7 @@ def read(source: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
                 raise UnsupportedError(f"{name}: {node.op_type} {node.name!r} holds a sparse tensor; store it densely")
             for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
                 _check_tensor(tensor, folder, name)
+    _forget_negative_sizes(model.graph)
     _check_model(model, name)
     _show_copies(model.graph)
     return model
@@ -68,6 +69,14 @@ def external_files(path: Path) -> list[Path]:
     tensors = (tensor for graph in graphs(read(path).graph) for tensor in graph.initializer)
     entries = (entry for tensor in tensors for entry in tensor.external_data)
     return [path.parent / name for name in dict.fromkeys(e.value for e in entries if e.key == "location")]
+
+
+def _forget_negative_sizes(graph: onnx.GraphProto) -> None:
+    """Sizes of -1, as some converters write what they do not know: ONNX leaves such a size out."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_value < 0:
+                size.ClearField("dim_value")
 
 
 def _check_model(model: onnx.ModelProto, name: str) -> None:
