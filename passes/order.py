@@ -87,7 +87,7 @@ class Order(Pass):
         plans = [self._plan(network, term, context, known, branch) for term in moving]
         stacked = one_term(network, moving) if len(moving) > 1 else None
         if stacked is not None:
-            together = self._plan(replace(network, terms=(stacked,)), stacked, context, known, branch)
+            together = self._plan(replace(network, terms=(stacked, *constant)), stacked, context, known, branch)
             apart, one = _times(network, plans, context), _times(network, [together], context)
             if self._pays(one, apart):
                 what = f"{len(moving)} terms are one, numbered by an index of its cores"

@@ -23,6 +23,9 @@ DENSE, TRACED, UNMERGED = "dense", "as traced", "nothing merged"
 SLACK = 2.0
 """The exhaustive search follows ways up to this many times the best of the plain candidates."""
 
+FEW, GROWTH = 1 << 14, 4
+"""Windows are written out where the file then holds few numbers, 64 KB of float32, or at most so many times as many."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -104,15 +107,19 @@ def ways_of(
 ) -> dict[Candidate, Term]:
     """What a search finds for a term and for the term with its windows written out as cores, with the term of each.
 
-    Where the context is compact, only what does not grow.
+    Where the context is compact, only what does not grow; where windows are written out, only what grows little.
     """
     ways = dict.fromkeys(search(network, term), term)
     if context.compact:
         return {way: term for way in ways if not grows(network, term, way.tree)}
     written_out = unrolled(network, term)
     if written_out is not None:
-        others = search(replace(network, terms=(written_out,)), written_out)
-        ways |= {replace(way, label=""): written_out for way in others}
+        constants = (t for t in network.terms if t.is_constant)
+        whole = replace(network, terms=(written_out, *constants))
+        most = max(FEW, GROWTH * sum(math.prod(map(int, core.shape)) for core in term.cores))
+        for way in search(whole, written_out):
+            if sum(count for _, count in held(whole, written_out, way.tree)) <= most:
+                ways[replace(way, label="")] = written_out
     return ways
 
 
@@ -182,7 +189,13 @@ def scheduler(
     sizes = context.index_sizes(network, batch)
     output = network.output
     shown, attended = output.name in context.outputs, output.name in context.attended
-    return kind(term, output.axes, sizes, context.profile, itemsize, shown, attended, context.images)
+    images, biased, awaited = context.images, is_biased(network), output.name in context.images
+    return kind(term, output.axes, sizes, context.profile, itemsize, shown, attended, images, biased, awaited)
+
+
+def is_biased(network: Network) -> bool:
+    """Whether constants are added to the one term that moves."""
+    return len(network.terms) > 1 and sum(not term.is_constant for term in network.terms) == 1
 
 
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
@@ -252,7 +265,8 @@ def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]
     )
     windows = tuple(w.form(number) for w in term.windows)
     name, output = network.output.name, network.output.form(number)
-    return tensors, output, windows, term.order, network.dtype, name in context.outputs, name in context.attended
+    place = name in context.outputs, name in context.attended, name in context.images, is_biased(network)
+    return tensors, output, windows, term.order, network.dtype, place
 
 
 def label_of(term: Term, tree: Tree) -> str:

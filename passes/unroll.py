@@ -15,8 +15,8 @@ LARGEST = 1 << 21
 def unrolled(network: Network, term: Term) -> Term | None:
     """``x[b, c, i] K[o, c, k]`` with a window ``i, k -> h`` as ``x[b, c, i] K[o, c, k] P[i, k, h]``.
 
-    P is 1 at the places that the window reads and else 0. None without windows, of run-time sizes, or where ``K P``
-    would be large.
+    P is 1 at the places that the window reads and else 0. None without windows, of run-time sizes, or where ``K P`` or
+    P would be large.
 
     For an image of few places the zeros that are multiplied cost less than what a convolution needs to begin with.
     """
@@ -28,6 +28,8 @@ def unrolled(network: Network, term: Term) -> Term | None:
     if not term.windows or not all(isinstance(n, int) for n in weight) or math.prod(map(int, weight)) > LARGEST:
         return None
     places = {name: int(indices[name].size) for name in slid}
+    if any(math.prod(places[name] for name in w.names) > LARGEST for w in term.windows):
+        return None
     tensors, order = list(term.tensors), term.order
     for number, w in enumerate(term.windows):
         axes = tuple((indices[name],) for name in w.names)

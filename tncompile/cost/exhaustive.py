@@ -91,14 +91,15 @@ class _Search:
         found: dict[Layout, list[_Way]] = {}
         for a, b in self._splits(mask):
             for x, y, core in self._pairs(a, b):
-                for seconds, form, layout in self.scheduler.forms(x[1], y[1], core, kept, x[3]):
+                both = x[3] and y[3] and x[1] == y[1]
+                for seconds, form, layout in self.scheduler.forms(x[1], y[1], core, kept, x[3], both):
                     total = x[0] + y[0] + seconds
                     if whole:
                         total += self.scheduler.finish(x[1], form, layout)
                     if total > self.within:
                         continue
                     here = found.setdefault(layout, [])
-                    here.append((total, layout, (x[2], y[2]), self.scheduler.leaves_blocks(form, layout)))
+                    here.append((total, layout, (x[2], y[2]), self.scheduler.leaves_blocks(form, layout, both)))
         limit = self.keep if whole else 2
         ways = [way for here in found.values() for way in _cheapest(here, limit)]
         return ways if whole else heapq.nsmallest(2 * KEPT_LAYOUTS, ways, key=lambda way: way[0])

@@ -47,6 +47,12 @@ KEPT_LAYOUTS = 12
 IMAGE = 4
 """Axes of the values that ONNX Runtime may keep in blocks of channels: batch, channels, and two of space."""
 
+_LONG = 20
+"""Nodes' times from which on a product is long: what it costs to begin is nothing beside it."""
+
+_PANEL = 256
+"""Columns of a product for which ONNX Runtime reads its left side once."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -67,6 +73,7 @@ class _Pair:
     right: _Plan
     form: str
     order: Layout
+    both: bool  # whether both sides lie in blocks of channels, in the same order
 
 
 _Plan = int | _Pair
@@ -87,7 +94,9 @@ class Scheduler:
     `output` are the axes of the result, which is `shown` where it is an output of the model: ONNX Runtime writes an
     output into memory of its own, so that a Reshape at the end is a copy. Anywhere else it costs nothing. `in_order`:
     the free modes of a core stand in the order of the output, as ONNX Runtime's attention reads them. `images` are the
-    operands that come in blocks of channels; the result is for one who takes it as it is.
+    operands that come in blocks of channels; the result is for one who takes it as it is. `biased`: constants are added
+    to it, which a convolution does as it stores and a matmul in one more pass. `awaited`: who reads it takes it to lie
+    in blocks.
     """
 
     def __init__(
@@ -100,6 +109,8 @@ class Scheduler:
         shown: bool = False,
         in_order: bool = False,
         images: Collection[str] = (),
+        biased: bool = False,
+        awaited: bool = False,
     ) -> None:
         self.term = term
         self.axes = tuple(tuple(i.name for i in axis) for axis in output)
@@ -109,6 +120,8 @@ class Scheduler:
         self.itemsize = itemsize
         self.shown = shown
         self.in_order = in_order
+        self.biased = biased
+        self.awaited = awaited
         self.windows = term.windows
         self._layouts = reduced_layouts(term, self.output)
         self._blocked = [not t.is_core and t.name in images for t in term.tensors]
@@ -120,6 +133,14 @@ class Scheduler:
     def finish(self, left: Layout, form: str, layout: Layout) -> float:
         """Seconds to bring the last result, of a step on a `left` side, into the order and axes of the output."""
         seconds = self.permute(layout, tuple(i for i in self.output if i in layout))
+        if form in ("matmul", "core_left") and not self._convolves(form, layout):
+            if self.biased:
+                seconds += self.profile.multiply_time(1, self.size(layout), self.itemsize)
+            if len(self.axes) == IMAGE:  # its space becomes one axis, and again two
+                seconds += 2 * self.profile.node
+            if self.awaited and len(self.axes) == IMAGE and self.itemsize == 4:
+                batch, channels, *space = map(self.size, self.axes)
+                seconds += self.profile.turned_time(batch, channels, math.prod(space))
         if not self.shown:
             return seconds
         free = {i for i in layout if i not in left}
@@ -160,14 +181,15 @@ class Scheduler:
         for step in steps:
             x, y = layouts[step.left], layouts[step.right]
             core = step.right < count and term.tensors[step.right].is_core
-            forms = self.forms(x, y, core, {*step.order}, blocked[step.left])
+            both = blocked[step.left] and blocked[step.right] and x == y
+            forms = self.forms(x, y, core, {*step.order}, blocked[step.left], both)
             same = (s for s, form, order in forms if (form, order) == (step.form, step.order))
             seconds += min(same, default=math.inf)
             flops += 2.0 * self.size({*x, *y, *step.order} - self._taken(step.order, {*x, *y}))
             moved += (self.size(x) + self.size(y) + self.size(step.order)) * self.itemsize
             peak = max(peak, self.size(step.order))
             layouts.append(step.order)
-            blocked.append(self.leaves_blocks(step.form, step.order))
+            blocked.append(self.leaves_blocks(step.form, step.order, both))
         last = steps[-1] if steps else None
         seconds += self.finish(layouts[last.left], last.form, last.order) if last else self._as_it_is(layouts[0])
         return Schedule(tuple(steps), seconds, flops, moved, peak)
@@ -215,11 +237,13 @@ class Scheduler:
         if not b_core:
             pairs += [(y, x, False) for x in a for y in b]
         for x, y, core in pairs:
-            for seconds, form, order in self.forms(x.layout, y.layout, core, kept, self._is_blocked(x.plan)):
+            blocked = self._is_blocked(x.plan)
+            both = blocked and self._is_blocked(y.plan) and x.layout == y.layout
+            for seconds, form, order in self.forms(x.layout, y.layout, core, kept, blocked, both):
                 total = x.seconds + y.seconds + seconds + (self.finish(x.layout, form, order) if root else 0.0)
                 known = found.get(order)
                 if known is None or total < known.seconds:
-                    found[order] = _Way(total, order, _Pair(x.plan, y.plan, form, order))
+                    found[order] = _Way(total, order, _Pair(x.plan, y.plan, form, order, both))
         return sorted(found.values(), key=lambda w: w.seconds)[:KEPT_LAYOUTS]
 
     # ------------------------------------------------------------------------------ one contraction
@@ -228,19 +252,33 @@ class Scheduler:
         """Whether a tensor of the term does."""
         return self._blocked[position]
 
-    def leaves_blocks(self, form: str, order: Layout) -> bool:
-        """Whether the result of a step, of this form and order, lies in blocks of channels."""
-        if len(self.axes) != IMAGE or self.itemsize != 4 or form not in ("convolve", "core_left"):
-            return False
-        space = self._space(order, IMAGE - 2)
-        return form == "convolve" or (space != () and order[-len(space) :] == space)
+    def leaves_blocks(self, form: str, order: Layout, both: bool) -> bool:
+        """Whether the result of a step, of this form and order, lies in blocks of channels; `both`: what it reads are
+        two images that do."""
+        kept = both if form == "multiply" else self._convolves(form, order)
+        return len(self.axes) == IMAGE and self.itemsize == 4 and kept
+
+    def _convolves(self, form: str, order: Layout) -> bool:
+        """Whether a step of this form and order is a convolution, of one place or of several."""
+        if form != "core_left" or not self._has_images(order):
+            return form == "convolve"
+        space = self._space(order, len(self.axes) - 2)
+        return space != () and order[-len(space) :] == space
+
+    def _has_images(self, before: Layout) -> bool:
+        """Whether modes `before` the channels number images: of one image there are none."""
+        return len(self.axes) > 2 and (before != () or not self.axes[0])
 
     def _is_blocked(self, plan: _Plan) -> bool:
-        return self._blocked[plan] if isinstance(plan, int) else self.leaves_blocks(plan.form, plan.order)
+        if isinstance(plan, int):
+            return self._blocked[plan]
+        return self.leaves_blocks(plan.form, plan.order, plan.both)
 
-    def forms(self, x: Layout, y: Layout, core: bool, kept: Collection[str], blocked: bool = False) -> Iterable[_Form]:
+    def forms(
+        self, x: Layout, y: Layout, core: bool, kept: Collection[str], blocked: bool = False, both: bool = False
+    ) -> Iterable[_Form]:
         """Every form of one contraction with its seconds, transposes included; `blocked`: `x` lies in blocks of
-        channels."""
+        channels; `both`: so does `y`, in the same order."""
         windows = [w for w in self.windows if w.axis in x and w.kernel in y]
         if windows:
             yield from self._convolutions(x, y, windows, kept, blocked) if core else ()
@@ -253,7 +291,7 @@ class Scheduler:
             if core:
                 yield from self._core_lefts(x, c, turned)
         seconds, form, order = self._multiply(x, y, core, c)
-        yield seconds + turned, form, order
+        yield seconds + (0.0 if both else turned), form, order
 
     def _matmuls(self, x: Layout, y: Layout, core: bool, c: Classes) -> Iterable[_Form]:
         rows = tuple(i for i in x if i not in c.summed)
@@ -271,8 +309,13 @@ class Scheduler:
         turned = self._turned(x, (*base, *c.summed), c.summed, end)
         if turned:  # ONNX Runtime fuses the transpose, and then runs a product for each of the modes before it
             rows = self.size(base) // turned
-            seconds = self.profile.node
-            seconds += self.profile.matmul_time(turned, rows, k, n, self.itemsize, core and turned == 1)
+            panels = -(-n // _PANEL) * self.size(x)  # turned again for each of them, as it is read
+            seconds = max(self.profile.node, self.profile.copy_time(2 * panels, self.itemsize))
+            each = self.profile.matmul_time(1, rows, k, n, self.itemsize, True)
+            if core and not c.batch and each > _LONG * self.profile.node:  # a packed side is so for each product
+                seconds += turned * each
+            else:
+                seconds += self.profile.matmul_time(turned, rows, k, n, self.itemsize, core and turned == 1)
         else:
             seconds = self.permute(x, (*base, *c.summed))
             seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
@@ -294,6 +337,23 @@ class Scheduler:
         starts = [min(x.index(i) for i in block)] if block else range(len(x))  # an outer product fits anywhere
         for start in starts:
             yield from self._core_left(x, c, start, turned)
+        if not turned:
+            yield from self._of_channels_last(x, c)
+
+    def _of_channels_last(self, x: Layout, c: Classes) -> Iterable[_Form]:
+        """A 1x1 convolution of images whose channels lie last: ONNX Runtime turns them as it puts them in blocks."""
+        k, m = self.size(c.summed), self.size(c.right)
+        if c.batch or not c.summed or len(self.axes) != IMAGE or self.itemsize != 4 or k < self.profile.strip:
+            return
+        space = self._space(x, IMAGE - 2)
+        before = x[: len(x) - len(space) - len(c.summed)]
+        last = space and x == (*before, *space, *(i for i in x if i in c.summed))
+        if not last or not self._has_images(before) or not takes_images(k, self.profile.strip):
+            return
+        batch, n = self.size(before), self.size(space)
+        seconds = self.profile.turned_time(batch, k, n) + self.profile.direct_time(batch, k, m, 1, n)
+        for free in orders(c.right):
+            yield seconds, "core_left", (*before, *free, *space)
 
     def _core_left(self, x: Layout, c: Classes, start: int, turned: float) -> Iterable[_Form]:
         middle, end = start + len(c.batch), start + len(c.batch) + len(c.summed)
@@ -303,10 +363,12 @@ class Scheduler:
         batch = self.size(before) * self.size(c.batch)
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
         seconds = turned + self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
-        if before and not c.batch and self._is_space(x, after):  # a 1x1 convolution
-            direct = turned and len(self.axes) == IMAGE and self.itemsize == 4 and takes_images(k, self.profile.strip)
-            alone = self.profile.conv_time(batch, k, m, n, self.itemsize)
-            seconds = min(seconds, self.profile.direct_time(batch, k, m, 1, n) if direct else turned + alone)
+        if self._has_images(before) and not c.batch and self._is_space(x, after):  # a 1x1 convolution
+            if len(self.axes) == IMAGE and self.itemsize == 4 and takes_images(k, self.profile.strip):
+                put = 0.0 if turned or k < self.profile.strip else self.profile.turned_time(batch, k, n)
+                seconds = put + self.profile.direct_time(batch, k, m, 1, n)
+            else:
+                seconds = turned + self.profile.conv_time(batch, k, m, n, self.itemsize)
         for free in orders(c.right):
             yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
 

@@ -25,6 +25,7 @@ Symbols = Mapping[str, tuple[onnx.Value, int, int]]
 """Where the model's inputs show the size of each symbol: a value, its axis, and how many times the size it has."""
 
 
+_CHANNELS = ((0, 2, 3, 1), (0, 3, 1, 2))
 _ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.FloorDiv: "Div"}
 
 
@@ -225,10 +226,17 @@ class GraphWriter:
             return size if times == 1 else self.op("Div", [size, self.constant(f"size_{times}", [times])])
         raise UnsupportedError(f"the size {ast.unparse(node)} cannot be read off the model's inputs")
 
-    def permute(self, laid: Laid, order: Group) -> Laid:
-        """Transpose to another order of indices, with neighbours that stay together as one axis."""
+    def permute(self, laid: Laid, order: Group, image: bool = False) -> Laid:
+        """Transpose to another order of indices, with neighbours that stay together as one axis. Not so where the
+        channels move of an image that a convolution has made or is to read: ONNX Runtime moves them as it puts channels
+        in blocks, or back."""
         if laid.order == order:
             return laid
+        made = laid.value.producer()
+        for move in _CHANNELS if image or (made is not None and made.op_type == "Conv") else ():
+            axes = tuple(laid.axes[k] for k in move) if len(laid.axes) == len(move) else ()
+            if axes and tuple(name for axis in axes for name in axis) == order:
+                return Laid(self.op("Transpose", [laid.value], perm=move), axes)
         runs: list[Group] = []
         for name in laid.order:
             if runs and self._joins(runs[-1], name, order):

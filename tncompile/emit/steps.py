@@ -82,7 +82,8 @@ class Contractions:
         before = order[:start]
         after = order[start + len(batch) + len(free) :]
         batch = order[start : start + len(batch)]
-        left = self.write.permute(left, (*before, *batch, *summed, *after))  # in place already, as scheduled
+        # in place already, as scheduled, but for images whose channels lie last
+        left = self.write.permute(left, (*before, *batch, *summed, *after), image=True)
         space = self._space(left, before, after, windows)
         if not batch and space and self.dtype != "float64":  # ONNX Runtime has no such Conv
             left = self.write.regroup(left, (before, summed, *space))
@@ -132,9 +133,14 @@ class Contractions:
         for count in (1, 2, 3):
             space = left.axes[len(left.axes) - count :]
             if tuple(n for axis in space for n in axis) == after and all(space):
-                single = before and sum(map(self.write.symbolic, before)) <= 1
-                return space if single and shown[-count:] == space else ()
-        return ()
+                one_image = len(shown) == count + 2 and not shown[0]
+                single = (before or one_image) and sum(map(self.write.symbolic, before)) <= 1
+                if single and shown[-count:] == space:
+                    return space
+        axes = shown[2:]  # of an image that lies in other axes, where its size is known
+        image = len(axes) == 2 and all(axes) and tuple(n for axis in axes for n in axis) == after
+        static = not any(map(self.write.symbolic, after)) and sum(map(self.write.symbolic, before)) <= 1
+        return axes if image and static and (before or not shown[0]) and self.dtype == "float32" else ()
 
     def _matmul_last(
         self, left: Laid, core: Tensor, before: Group, batch: Group, summed: Group, free: Group, after: Group
@@ -151,6 +157,8 @@ class Contractions:
         return self.write.permute(result, (*before, *batch, *free, *after))
 
     def _multiply(self, left: Laid, right: Side, right_order: Group, order: Group) -> Laid:
+        if isinstance(right, Laid) and right_order == order and {*left.order} <= {*order}:
+            left, right, right_order = right, left, left.order  # as it lies, and in the axes that it has
         free = tuple(n for n in right_order if n not in left.order)
         full = (*left.order, *(n for n in order if n in free))
         summed = tuple(n for n in left.order if n not in order)

@@ -1,0 +1,83 @@
+"""Images stay in ONNX Runtime's blocks of channels: 1x1 convolutions are convolutions, whatever lies between them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tncompile
+from tests.helpers import operators
+from tncompile.compiler import CompiledModel
+
+
+def checked(model: nn.Module, x: torch.Tensor, **options: object) -> CompiledModel:
+    """A compiled model that computes what eager PyTorch does."""
+    result = tncompile.compile(model.eval(), (x,), **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(torch.from_numpy(result.run(x)), model(x), rtol=1e-4, atol=1e-5)
+    return result
+
+
+class Activated(nn.Module):
+    """Convolutions of three places and of one, x·sigmoid(x) between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((24, 24, 3), (24, 48, 1), (48, 24, 1), (24, 24, 3))
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in sizes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = nn.functional.silu(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_of_one_image_and_of_many(fixed: bool) -> None:
+    options = {"dynamic_shapes": {}, "batch": 1} if fixed else {"batch": (1, 8)}
+    result = checked(Activated(), torch.randn(1 if fixed else 2, 24, 40, 40), micro_batch=False, **options)
+    assert operators(result.onnx) == sorted(4 * ["Conv", "Sigmoid", "Mul"])
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation before a 1x1 convolution: the gate is no reason to multiply its weights at run time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.squeeze, self.excite, self.project = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 32, 1), nn.Conv2d(32, 64, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.before(x))
+        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        return self.after(self.project(x * gate))
+
+
+def test_after_a_gate() -> None:
+    found = operators(checked(Gated(), torch.randn(2, 32, 14, 14), batch=8).onnx)
+    assert found.count("Conv") == 3 and found.count("Mul") == 1 and "MatMul" not in found
+
+
+class Normed(nn.Module):
+    """A block of ConvNeXt: channels are last for the norm alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(80, 80, 7, padding=3, groups=80), nn.LayerNorm(80)
+        self.wide, self.narrow = nn.Conv2d(80, 320, 1), nn.Conv2d(320, 80, 1)
+        self.after = nn.Conv2d(80, 80, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.depthwise(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.after(self.narrow(nn.functional.gelu(self.wide(h))) + x)
+
+
+def test_channels_that_move_for_a_norm_move_in_one_node_beside_the_convolution() -> None:
+    found = operators(checked(Normed(), torch.randn(2, 80, 20, 20), batch=8).onnx)
+    assert found == sorted([*4 * ["Conv"], *2 * ["Transpose"], "LayerNormalization", "Gelu", "Add"])
+
+
+def test_a_kernel_is_not_written_out_over_a_long_signal() -> None:
+    """At each of 342 places: 320,000 numbers for 256."""
+    result = checked(nn.Conv1d(1, 1, 256, stride=2, bias=False), torch.randn(2, 1, 939), batch=(1, 32))
+    assert len(result.onnx) < 10_000
