@@ -96,9 +96,7 @@ def _memory(results: Results) -> list[str]:
 def brief(name: str, result: Mapping[str, Any]) -> str:
     """One line on a case."""
     parts = [
-        f"{_batch(row)}: {_number(row['speed'])} of {_SHORT[row['fastest']]}"
-        for row in result["rows"]
-        if row["fastest"]
+        f"{_batch(row)}: {number(row['speed'])} of {_SHORT[row['fastest']]}" for row in result["rows"] if row["fastest"]
     ]
     parts += [result["error"]] if result.get("error") else []
     return f"{name}: {'; '.join(parts) or 'nothing to compare with'}"
@@ -116,7 +114,7 @@ def markdown(results: Results) -> str:
             cells = [*first, _batch(row).removeprefix("batch "), *(_cell(row, way) for way in (OURS, *_SHORT))]
             noise = "" if row["noise"] is None else f"{row['noise']:.0%}"
             last = row is result["rows"][-1]
-            cells += [_SHORT.get(row["fastest"], ""), _number(row["speed"]), noise, _megabytes(result) if last else ""]
+            cells += [_SHORT.get(row["fastest"], ""), number(row["speed"]), noise, _megabytes(result) if last else ""]
             lines.append(f"| {' | '.join(cells)} |")
             first = ["", "", ""]
         if not result["rows"]:
@@ -161,12 +159,13 @@ def _batch(row: Mapping[str, Any]) -> str:
 
 def _cell(row: Mapping[str, Any], way: str) -> str:
     if way in row["ms"]:
-        return _number(row["ms"][way])
+        return number(row["ms"][way])
     note: str = row["notes"].get(way, "–")
     return note if note.startswith(">") else note.partition(":")[0]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three digits of a number, or all before the point."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
@@ -206,11 +205,11 @@ def profiles(results: Results) -> str:
             ]
             for op in operators:
                 times = (found["operators"][way].get(op) for way in ways)
-                lines.append(f"| {op} | {' | '.join(_number(t) for t in times)} |")
+                lines.append(f"| {op} | {' | '.join(number(t) for t in times)} |")
             lines += ["", "| slowest nodes | operator | µs |", "|---|---|--:|"]
             for way in ways:
                 nodes = found["nodes"][way][:6]
-                lines += [f"| {way}: {_escaped(n['name'])} | {n['op']} | {_number(n['microseconds'])} |" for n in nodes]
+                lines += [f"| {way}: {_escaped(n['name'])} | {n['op']} | {number(n['microseconds'])} |" for n in nodes]
             lines.append("")
     return "\n".join(lines)
 

@@ -45,13 +45,14 @@ class Subject:
 
     `inputs` takes None where all shapes are fixed. `writers` write the ONNX files that tncompile itself makes: the
     compiled model, and the one with every layer dense. A model that came in as ONNX has no `module`; its original
-    file stands in the exporter's place, and what is right.
+    file stands in the exporter's place, and what is right. `least` are the outputs' scales (`accuracy.scales`).
     """
 
     exported: LoadedModel
     module: Callable[..., Any] | None
     inputs: Callable[[int | None], Inputs]
     writers: Mapping[str, Callable[[Path], None]]
+    least: Sequence[float] = ()
 
     @property
     def reference(self) -> str:
@@ -238,7 +239,7 @@ class Contest:
                 continue
             if expected is None:
                 continue
-            errors[way] = rivals.output_error(found, expected)
+            errors[way] = rivals.output_error(found, expected, self.subject.least)
             if not errors[way] <= _tolerance(expected):
                 notes[way] = f"wrong: relative error {errors[way]:.2g}"
                 del bound[way]

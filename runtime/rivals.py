@@ -201,9 +201,11 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def output_error(found: Sequence[Array], expected: Sequence[Array]) -> float:
-    """The largest relative error of any output; infinite where their number or a shape differs, NaN as in `check`."""
+def output_error(found: Sequence[Array], expected: Sequence[Array], least: Sequence[float] = ()) -> float:
+    """The largest relative error of any output; infinite where their number or a shape differs, NaN as in `check`.
+    `least` are the outputs' `accuracy.scales`, 0 where not given."""
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
         return float("inf")
-    errors = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+    floors = least or [0.0] * len(found)
+    errors = [relative_error(a, b, floor) for a, b, floor in zip(found, expected, floors, strict=True)]
     return float(np.max(errors, initial=0.0))  # NaN where one is

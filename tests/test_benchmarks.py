@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cases, command, planning, report, worker
+from benchmarks import cases, command, files, planning, report, worker
 from benchmarks.models import CASES, Case, Loaded
 from benchmarks.networks import SHAPES
 from tncompile.errors import TNCompileError
@@ -164,3 +166,23 @@ def test_planning_time_has_its_exponent_and_every_shape_a_plan(tmp_path: Path) -
     results = json.loads((tmp_path / "planning.json").read_text())
     assert len(results) == 2 * len(SHAPES)
     assert all(row["planned"][0] > 0 and row["flops_order"][0] > 0 for rows in results.values() for row in rows)
+
+
+def test_files_come_out_of_wheels(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "one_two-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("one_two/models/net.onnx", b"a model")
+    shipped = files.Shipped("one-two==1.0", "models/net.onnx", "nothing")
+    assert files.fetch(shipped, tmp_path).read_bytes() == b"a model"
+    with pytest.raises(TNCompileError, match=r"has no models/other\.onnx"):
+        files.fetch(replace(shipped, path="models/other.onnx"), tmp_path)
+
+
+def test_table_of_files() -> None:
+    first, second = files.SHIPPED[0], files.SHIPPED[4]
+    results = {first.key: {"rows": [row(1, 1.25, tncompile=4.0, exporter=5.0)]}, second.key: {"failed": ["refused"]}}
+    lines = [*files.table(results)]
+    assert lines[2:] == [
+        f"| {first.key} | {first.task} | 1 | 4 | 5 | 1.25 |",
+        f"| {second.key} | {second.task} | refused | | | |",
+    ]

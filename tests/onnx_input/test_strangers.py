@@ -3,6 +3,9 @@ branches that are alike."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +13,7 @@ from onnx import numpy_helper
 
 from tests.onnx_input.models import RNG, ints, model, node, tensor, weight
 from tests.onnx_input.test_compile import agrees, compiled, operators
+from tncompile.cli import main
 from tncompile.frontend.onnx.importer import import_onnx
 from tncompile.runtime import inputs
 
@@ -51,6 +55,19 @@ def test_sizes_that_only_multiples_fit_are_checked_at_multiples() -> None:
     check = compiled(proto).report.check
     assert check is not None and check.passed and "cannot run" not in check.note
     assert len({run.partition("n=")[2] for run in check.runs}) > 1  # a size besides the typical one
+
+
+def test_bench_runs_at_the_sizes_that_are_typical(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, record = tmp_path / "given.onnx", tmp_path / "found.json"
+    nodes = [node("Reshape", "x s", "h"), node("MatMul", "h w", "y")]  # of 48 columns; 32 are too few
+    weights = [ints("s", 0, 48), weight("w", 48, 3)]
+    proto = model(nodes, [tensor("x", ["batch", "n"])], [tensor("y", ["batch", 3])], weights)
+    path.write_bytes(proto.SerializeToString())
+    given = ["bench", str(path), "--batch", "2", "--seconds", "0.05", "--against", "exporter", "--json", str(record)]
+    assert main([*given, "--dim", "n=48"]) == 0
+    assert set(json.loads(record.read_text())["rows"][0]["ms"]) == {"tncompile", "exporter"}
+    assert main([*given, "--dim", "m=48"]) == 1
+    assert "m" in capsys.readouterr().err
 
 
 def test_a_sigmoid_far_below_its_rounding_passes_and_is_told() -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tncompile.commands.options import MODEL_HELP, count, loading, loading_options, names, sizes
+from tncompile.commands.options import MODEL_HELP, count, dimension_option, loading, loading_options, names, sizes
 from tncompile.runtime.files import check_not_the_model, check_writable, write_file
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     loading_options(result)
     result.add_argument("--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes (default 1,32)")
+    dimension_option(result)
     result.add_argument(
         "--against", type=names(WAYS, "way "), default=WAYS, metavar="WAY,...", help="default: all of the above"
     )
@@ -98,18 +99,22 @@ def _subject(options: argparse.Namespace, threads: int) -> tuple[Subject, Sequen
     from tncompile import compiler
     from tncompile.frontend.load import load
     from tncompile.frontend.onnx.importer import OnnxModel
+    from tncompile.runtime.accuracy import scales
     from tncompile.runtime.contest import DENSE, OURS, Subject
     from tncompile.runtime.rivals import eager_module
 
-    exported, device = load(options.model, loading(options)), options.device
+    exported, device, typical = load(options.model, loading(options)), options.device, dict(options.dim)
     with compiler.naming(options.model):
-        compiled = compiler.compile_exported(exported, batch=options.batch, device=device, threads=threads, check=False)
+        compiled = compiler.compile_exported(
+            exported, batch=options.batch, sizes=typical, device=device, threads=threads, check=False
+        )
     batches = options.batch if compiled.report.dynamic else (None,)
     if batches == (None,):
         print(f"{options.model}: its batch is fixed; measured at its own shapes", file=sys.stderr)
     module = None if isinstance(exported, OnnxModel) else eager_module(exported, options.batch[0], device)
-    writers = {OURS: compiled.save, DENSE: writer(exported, options.batch, device, DENSE_PASSES, threads)}
-    return Subject(exported, module, _inputs_of(compiled.traced, exported), writers), batches
+    writers = {OURS: compiled.save, DENSE: writer(exported, options.batch, device, DENSE_PASSES, threads, typical)}
+    least = scales(compiled.traced.program)
+    return Subject(exported, module, _inputs_of(compiled.traced, exported, typical), writers, least), batches
 
 
 def writer(
@@ -118,6 +123,7 @@ def writer(
     device: str = "cpu",
     passes: str | None = None,
     threads: int = 0,
+    sizes: Mapping[str, int] | None = None,
 ) -> Callable[[Path], None]:
     """Compiles when it is called, with the default passes or others, and writes the ONNX file."""
 
@@ -129,6 +135,7 @@ def writer(
         model = compiler.compile_exported(
             exported,
             batch=batches,
+            sizes=sizes,
             device=device,
             passes=chosen,
             threads=threads,
@@ -140,7 +147,9 @@ def writer(
     return write
 
 
-def _inputs_of(traced: ImportedModel, exported: LoadedModel) -> Callable[[int | None], Inputs]:
+def _inputs_of(
+    traced: ImportedModel, exported: LoadedModel, typical: Mapping[str, int]
+) -> Callable[[int | None], Inputs]:
     """Random inputs of any batch size, nested as the model takes them; whole numbers are those of the example."""
     import numpy as np
     import torch
@@ -150,7 +159,7 @@ def _inputs_of(traced: ImportedModel, exported: LoadedModel) -> Callable[[int | 
     from tncompile.runtime.rivals import Inputs
 
     def arrays_at(batch: int | None) -> dict[str, Array]:
-        symbols = {**traced.sizes} if batch is None else {**traced.sizes, "batch": batch}
+        symbols = {**traced.sizes, **typical} | ({} if batch is None else {"batch": batch})
         return random_inputs(traced, symbols, np.random.default_rng(0))
 
     if isinstance(exported, OnnxModel):

@@ -136,11 +136,8 @@ def loading(options: argparse.Namespace) -> LoadOptions:
     return LoadOptions(tuple(options.input), options.factory, options.trust_pickle, options.fix_choices)
 
 
-def planning_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say what to plan for."""
-    parser.add_argument(
-        "--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes to plan for (default 1,32)"
-    )
+def dimension_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says what the sizes of dynamic dimensions are like."""
     parser.add_argument(
         "--dim",
         type=dimension,
@@ -149,6 +146,14 @@ def planning_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=N",
         help="typical size of another dynamic dimension (default: the example's)",
     )
+
+
+def planning_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to plan for."""
+    parser.add_argument(
+        "--batch", type=sizes, default=(1, 32), metavar="N,N,...", help="batch sizes to plan for (default 1,32)"
+    )
+    dimension_option(parser)
     parser.add_argument("--passes", metavar="LIST", help=PASSES_HELP)
     parser.add_argument("--profile", metavar="FILE|default", help=PROFILE_HELP)
     parser.add_argument(
