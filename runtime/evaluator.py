@@ -75,7 +75,8 @@ def evaluator(model: onnx.ModelProto) -> Any:
 
     class MaxPool(theirs[2]):  # type: ignore[misc]
         def _run(self, x: Array, **options: Any) -> tuple[Array, ...]:
-            if options.get("ceil_mode") or len(self.output) > 1 or x.ndim > 5 or x.dtype.kind != "f":
+            same = str(options.get("auto_pad")).startswith("SAME") and max(options.get("dilations") or [1]) > 1
+            if same or options.get("ceil_mode") or len(self.output) > 1 or x.ndim > 5 or x.dtype.kind != "f":
                 return tuple(super()._run(x, **options))
             windows, kernel = Windows.of(x, **options), options["kernel_shape"]
             pool: Any = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[x.ndim - 3]
@@ -106,7 +107,7 @@ class Windows:
         **_: Any,
     ) -> Windows:
         """The windows that the attributes of an operator speak of."""
-        axes = range(x.ndim - 2)
+        axes, pads = range(x.ndim - 2), None if auto_pad == "VALID" else pads
         strides, dilations = strides or [1 for _ in axes], dilations or [1 for _ in axes]
         before = [pads[k] if pads else 0 for k in axes]
         after = [pads[k + len(axes)] if pads else 0 for k in axes]

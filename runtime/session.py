@@ -61,7 +61,7 @@ class Session:
 
         self.lean = not prepack
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised, and who tries sizes expects it
+        options.log_severity_level = 3
         options.intra_op_num_threads = threads
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -117,8 +117,12 @@ class Session:
         return dict(zip(names, arrays.values(), strict=True))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs by name."""
-        return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
+        """All outputs by name. What fails is raised, and not logged besides: who tries sizes expects it."""
+        import onnxruntime as ort
+
+        silent = ort.RunOptions()
+        silent.log_severity_level = 4
+        return dict(zip(self.outputs, self._session.run(None, dict(feeds), silent), strict=True))
 
     def bind(
         self, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], source: Memory, target: Memory

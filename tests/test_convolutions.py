@@ -145,7 +145,7 @@ def test_every_order_and_merge_is_right() -> None:
     (network,) = program.networks
     term, context = network.terms[0], Context(batches=(1, 32))
     ways = candidates(network, term, context, Limits(16, 24, 3))
-    assert len(ways) > 4
+    assert len(ways) > 4  # those that take over twice the time of the best are not followed
     assert {step.form for way in ways for step in way.steps} >= {"convolve", "core_left"}
     expected = module.double()(x.double()).detach().numpy()
     source = traced(module.float(), x)

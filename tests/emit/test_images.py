@@ -81,3 +81,26 @@ def test_a_kernel_is_not_written_out_over_a_long_signal() -> None:
     """At each of 342 places: 320,000 numbers for 256."""
     result = checked(nn.Conv1d(1, 1, 256, stride=2, bias=False), torch.randn(2, 1, 939), batch=(1, 32))
     assert len(result.onnx) < 10_000
+
+
+class Mixed(nn.Module):
+    """Channels mixed at each place, as an einsum."""
+
+    def __init__(self, equation: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.equation, self.weight = equation, nn.Parameter(torch.randn(64, 64, dtype=dtype) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum(self.equation, x, self.weight)
+
+
+@pytest.mark.parametrize(("equation", "sizes"), [("bchw,oc->bohw", (16, 16)), ("bct,oc->bot", (256,))])
+def test_in_float64_which_has_no_such_kernel_a_matmul_stays_in_place(equation: str, sizes: tuple[int, ...]) -> None:
+    x = torch.randn(2, 64, *sizes, dtype=torch.float64)
+    result = tncompile.compile(Mixed(equation, torch.float64).eval(), (x,), batch=32)
+    assert "Transpose" not in operators(result.onnx) and "MatMul" in operators(result.onnx)
+
+
+def test_in_float16() -> None:
+    x = torch.randn(2, 64, 16, 16, dtype=torch.float16)
+    assert operators(tncompile.compile(Mixed("bchw,oc->bohw", torch.float16).eval(), (x,), batch=32).onnx) == ["Conv"]

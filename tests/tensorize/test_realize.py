@@ -224,6 +224,7 @@ def test_joined_weights_are_in_their_bits(joined: None, bits: str) -> None:
 @pytest.mark.parametrize("bits", ["int8-weights", "int8"])
 def test_cores_of_joined_weights_are_in_their_bits(joined: None, bits: str, together: bool) -> None:
     exported, sites, joint = traced(Attention)
+    # of so small a rank that the factors stay two
     options = [option(joint[0], bits, 12)] if together else [option(site, bits, 4) for site in sites.values()]
     found = made(exported, *options)
     assert any(len(core.sources) == 4 for network in found.compiled.program.networks for core in network.cores)

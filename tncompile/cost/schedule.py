@@ -260,7 +260,11 @@ class Scheduler:
 
     def _convolves(self, form: str, order: Layout) -> bool:
         """Whether a step of this form and order is a convolution, of one place or of several."""
-        if form != "core_left" or not self._has_images(order):
+        if (
+            form != "core_left"
+            or self.itemsize == 8
+            or not self._has_images(tuple(i for i in order if i in self.axes[0]))
+        ):
             return form == "convolve"
         space = self._space(order, len(self.axes) - 2)
         return space != () and order[-len(space) :] == space
@@ -363,12 +367,14 @@ class Scheduler:
         batch = self.size(before) * self.size(c.batch)
         m, k, n = self.size(c.right), self.size(c.summed), self.size(after)
         seconds = turned + self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
-        if self._has_images(before) and not c.batch and self._is_space(x, after):  # a 1x1 convolution
-            if len(self.axes) == IMAGE and self.itemsize == 4 and takes_images(k, self.profile.strip):
+        # a 1x1 convolution, which ONNX Runtime has not in float64
+        if self._has_images(before) and not c.batch and self._is_space(x, after) and self.itemsize != 8:
+            whole = len(self.axes) == IMAGE and after == self._space(x, IMAGE - 2)
+            if whole and self.itemsize == 4 and takes_images(k, self.profile.strip):
                 put = 0.0 if turned or k < self.profile.strip else self.profile.turned_time(batch, k, n)
                 seconds = put + self.profile.direct_time(batch, k, m, 1, n)
             else:
-                seconds = turned + self.profile.conv_time(batch, k, m, n, self.itemsize)
+                seconds = min(seconds, turned + self.profile.conv_time(batch, k, m, n, self.itemsize))
         for free in orders(c.right):
             yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir
 
+from tncompile.errors import UnsupportedError
 from tncompile.ir import Arg, Opaque, Ref, references
 
 Values = Mapping[str, onnx_ir.Value]
@@ -23,6 +24,8 @@ def made(item: Opaque, values: Values) -> list[onnx_ir.Node]:
         inputs = [values[arg.name] if isinstance(arg, Ref) else None for arg in item.args]
         attributes: dict[str, Any] = dict(item.kwargs)
         return [_named(item, onnx_ir.node(operator, inputs, attributes))]
+    if item.target not in _MADE:
+        raise UnsupportedError(f"{item.target} cannot be written as ONNX")
     *before, last = _MADE[item.target](item, values)
     return [*before, _named(item, last)]
 
@@ -50,8 +53,8 @@ def _select(item: Opaque, values: Values) -> Sequence[onnx_ir.Node]:
 
 
 def _slice(item: Opaque, values: Values) -> Sequence[onnx_ir.Node]:
-    _, axis, start, end, step = item.args
-    limits = {"start": start, "end": end, "axis": axis, "step": step}
+    _, axis, start, end, *rest = item.args
+    limits = {"start": start, "end": end, "axis": axis, "step": rest[0] if rest else 1}
     constants = [_constant(item, name, [_integer(number)]) for name, number in limits.items()]
     return [*constants, onnx_ir.node("Slice", [*_read(item, values), *(c.outputs[0] for c in constants)])]
 

@@ -73,10 +73,11 @@ def external_files(path: Path) -> list[Path]:
 
 def _forget_negative_sizes(graph: onnx.GraphProto) -> None:
     """Sizes of -1, as some converters write what they do not know: ONNX leaves such a size out."""
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for size in value.type.tensor_type.shape.dim:
-            if size.dim_value < 0:
-                size.ClearField("dim_value")
+    for part in graphs(graph):
+        for value in (*part.input, *part.output, *part.value_info):
+            for size in value.type.tensor_type.shape.dim:
+                if size.dim_value < 0:
+                    size.ClearField("dim_value")
 
 
 def _check_model(model: onnx.ModelProto, name: str) -> None:
