@@ -260,12 +260,10 @@ class Scheduler:
 
     def _convolves(self, form: str, order: Layout) -> bool:
         """Whether a step of this form and order is a convolution, of one place or of several."""
-        if (
-            form != "core_left"
-            or self.itemsize == 8
-            or not self._has_images(tuple(i for i in order if i in self.axes[0]))
-        ):
+        if form != "core_left" or self.itemsize == 8 or len(self.axes) < 3:
             return form == "convolve"
+        if not self._has_images(tuple(i for i in order if i in self.axes[0])):
+            return False
         space = self._space(order, len(self.axes) - 2)
         return space != () and order[-len(space) :] == space
 
