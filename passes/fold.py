@@ -164,7 +164,7 @@ class Fold(Pass):
         if len(all_) > len(old) + (not others):
             raise CannotEdit(SHARED)
         terms = merge_like_terms(merged, [t for _, t in moving], [])
-        return replace(merged, terms=(*terms, *(t for t in merged.terms if t.is_constant)))
+        return replace(merged, terms=(*terms, *merged.constants))
 
     def _check(self, producer: Network, reader: Network) -> None:
         """Raise CannotEdit, with the reason, where composition is not always right."""
@@ -255,12 +255,11 @@ def _weighs(network: Network) -> bool:
 
 
 def _combine_terms(network: Network, changes: list[Change], add: bool) -> Network:
-    constants = [t for t in network.terms if t.is_constant]
-    moving = [t for t in network.terms if not t.is_constant]
-    moving = merge_like_terms(network, moving, changes) if add else moving
+    constants = [*network.constants]
+    moving = merge_like_terms(network, network.moving, changes) if add else [*network.moving]
     if moving and len(constants) + sum(len(t.tensors) > 1 for t in constants) > 1:
         constants = [_bias(network, constants)]
-        what = f"{sum(t.is_constant for t in network.terms)} biases and scales are one bias"
+        what = f"{len(network.constants)} biases and scales are one bias"
         changes.append(Change(network.output.name, what, "a sum of cores"))
     if moving:
         zero = [t.tensors[0].name for t in constants if not np.any(t.tensors[0].data)]

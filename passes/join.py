@@ -115,7 +115,7 @@ class Join(Pass):
     def _levels(
         self, network: Network, parts: Parts, worth: Worth, taken: set[str], changes: list[Change]
     ) -> list[Node]:
-        if sum(not term.is_constant for term in network.terms) != 1 or any(term.windows for term in network.terms):
+        if len(network.moving) != 1 or any(term.windows for term in network.terms):
             return [network]
         start = State(network, (), parts)
         end, before, after = Levels(worth, taken).best(start)

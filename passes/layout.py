@@ -137,7 +137,7 @@ class _Work:
                 continue
             for k, batch in enumerate(self.context.batches):
                 network = node.case(batch) if isinstance(node, Switch) else node
-                total[k] += sum(self._price(network, term, k) for term in _moving(network))
+                total[k] += sum(self._price(network, term, k) for term in network.moving)
         return tuple(total)
 
     def _price(self, network: Network, term: Term, k: int) -> float:
@@ -198,7 +198,7 @@ class _Work:
         if network.output.name not in region.values:
             return
         names = [i.name for i in network.output.indices]
-        for term in _moving(network):
+        for term in network.moving:
             for batch in self.context.batches if {*names} <= {*term.indices} else ():
                 free = scheduler(network, term, self.context, batch, OpenEnded)
                 for schedule in free.schedules(term.order, KEPT_LAYOUTS):
@@ -209,14 +209,10 @@ def _unmerged(group: tuple[int, ...]) -> None:
     """No cores are merged here: that would change what is computed at load, and the file."""
 
 
-def _moving(network: Network) -> Iterator[Term]:
-    return (term for term in network.terms if not term.is_constant)
-
-
 def _read(network: Network, region: Region) -> Iterator[tuple[list[str], tuple[str, ...]]]:
     """The layouts that the first step on an operand reads as they lie: the names of its modes, and those in order."""
     output = {i.name for i in network.output.indices}
-    for term in _moving(network):
+    for term in network.moving:
         for place, tensor in enumerate(term.tensors):
             names = [i.name for i in tensor.indices]
             other = _meets(term.order, place)

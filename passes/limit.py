@@ -154,7 +154,7 @@ def _rooms(network: Network, term: Term, context: Context, limit: int) -> list[i
     rooms = []
     for batch in context.batches:
         sizes = context.index_sizes(network, batch)
-        others = (t for t in network.terms if t is not term and not t.is_constant)
+        others = (t for t in network.moving if t is not term)
         taken = operand_elements(network, sizes) + sum(term_peak(t, output, sizes)[1] for t in others)
         rooms.append(limit // np.dtype(network.dtype).itemsize - taken)
     return rooms

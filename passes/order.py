@@ -82,8 +82,7 @@ class Order(Pass):
         self, network: Network, context: Context, known: Known, changes: list[Change], branch: float
     ) -> Network | Switch:
         """The network with its terms scheduled, or a switch of several such."""
-        moving = [t for t in network.terms if not t.is_constant]
-        constant = tuple(t for t in network.terms if t.is_constant)
+        moving, constant = network.moving, network.constants
         plans = [self._plan(network, term, context, known, branch) for term in moving]
         stacked = one_term(network, moving) if len(moving) > 1 else None
         if stacked is not None:

@@ -114,8 +114,7 @@ def ways_of(
         return {way: term for way in ways if not grows(network, term, way.tree)}
     written_out = unrolled(network, term)
     if written_out is not None:
-        constants = (t for t in network.terms if t.is_constant)
-        whole = replace(network, terms=(written_out, *constants))
+        whole = replace(network, terms=(written_out, *network.constants))
         most = max(FEW, GROWTH * sum(math.prod(map(int, core.shape)) for core in term.cores))
         for way in search(whole, written_out):
             if sum(count for _, count in held(whole, written_out, way.tree)) <= most:
@@ -195,7 +194,7 @@ def scheduler(
 
 def is_biased(network: Network) -> bool:
     """Whether constants are added to the one term that moves."""
-    return len(network.terms) > 1 and sum(not term.is_constant for term in network.terms) == 1
+    return len(network.moving) == 1 and bool(network.constants)
 
 
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:

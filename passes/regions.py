@@ -49,7 +49,7 @@ def regions(program: Program) -> list[Region]:
     for node in program.nodes:
         join.add(node.value.name)
         if not isinstance(node, Opaque):
-            moving = (t for n in networks_of(node) for t in n.terms if not t.is_constant)
+            moving = (t for n in networks_of(node) for t in n.moving)
             if any(t.steps is None or t.slices or t.windows for t in moving):
                 fixed |= {node.value.name, *node.inputs}
             continue

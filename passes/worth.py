@@ -48,7 +48,7 @@ class Worth:
             counts = node.target in MOVES or node.target in POINTWISE
             return self.move(node.output.shape or (), node.output.dtype) if counts else self.nothing
         network = node if isinstance(node, Network) else node.cases[0]
-        moving = [term for term in network.terms if not term.is_constant]
+        moving = network.moving
         seconds = total(self.nothing, *(self._term(network, term) for term in moving))
         return total(seconds, *(self._sum(network) for _ in moving[1:]))
 

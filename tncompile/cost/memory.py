@@ -21,7 +21,7 @@ Sizes = Mapping[str, int]
 def network_peak(network: Network, sizes: Sizes, itemsize: int) -> int:
     """Bytes alive at once while a scheduled network runs, operands and output included."""
     output = tuple(i.name for i in network.output.indices)
-    moving = [t for t in network.terms if not t.is_constant]
+    moving = network.moving
     peak = done = 0
     for term in moving:
         inside, result = term_peak(term, output, sizes)

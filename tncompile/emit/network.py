@@ -41,8 +41,7 @@ class _Lowering:
         self.values = operands
 
     def run(self) -> tuple[list[onnx.Node], onnx.Value]:
-        moving = [t for t in self.network.terms if not t.is_constant]
-        constants = [t for t in self.network.terms if t.is_constant]
+        moving, constants = self.network.moving, self.network.constants
         result = self._sum(moving, constants) if moving else self._constant(constants)
         return self.write.nodes, result.value
 
@@ -116,7 +115,7 @@ class _Lowering:
 
     def _term_indices(self) -> list[set[str]]:
         output = {*self.output}
-        return [output & {*t.indices} for t in self.network.terms if not t.is_constant]
+        return [output & {*t.indices} for t in self.network.moving]
 
     def _term(self, term: Term, biases: Sequence[Term]) -> Laid:
         sides: list[Side] = []

@@ -240,7 +240,7 @@ def _summary(
     as_parts: Collection[str],
     measured: dict[int, float],
 ) -> NetworkSummary:
-    moving = [t for t in original.terms if not t.is_constant]
+    moving = original.moving
     output = {i.name for i in original.output.indices}
     outer = output | {i.name for t in original.operands for i in t.indices}
     outer |= {name for t in original.terms for name in t.slid}
@@ -254,13 +254,12 @@ def _summary(
             for way, tree in (("naive", term.order), ("dense", dense)):
                 _add(ways[way], cost_of(original, term, tree, context, batch))
         now = final.case(batch) if isinstance(final, Switch) else final
-        for term in now.terms:
-            if not term.is_constant:
-                _add(ways["chosen"], cost_of(now, term, None, context, batch))
+        for term in now.moving:
+            _add(ways["chosen"], cost_of(now, term, None, context, batch))
         costs[batch] = {way: Cost(*numbers) for way, numbers in ways.items()}
     for term in moving:
         dense_parameters += _dense_size(original, term)
-    dense_parameters += sum(_size(c) for t in original.terms if t.is_constant for c in t.cores)
+    dense_parameters += sum(_size(c) for t in original.constants for c in t.cores)
     cores = {id(c.data): c for case in networks_of(final) for c in case.cores}
     return NetworkSummary(
         name=final.label,

@@ -271,6 +271,16 @@ class Network:
         return tuple(t for t in self.tensors if t.is_core)
 
     @property
+    def moving(self) -> tuple[Term, ...]:
+        """The terms that something flows into at run time."""
+        return tuple(t for t in self.terms if not t.is_constant)
+
+    @property
+    def constants(self) -> tuple[Term, ...]:
+        """The terms of cores alone: biases, as a rule."""
+        return tuple(t for t in self.terms if t.is_constant)
+
+    @property
     def indices(self) -> dict[str, Index]:
         """All indices by name, those of the output first."""
         return {i.name: i for i in (*self.output.indices, *(i for t in self.tensors for i in t.indices))}
