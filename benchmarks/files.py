@@ -134,7 +134,7 @@ def _row(row: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where something is refused."""
+    """Run the benchmark; 1 where something is refused or a file fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.files", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/files"), help="folder of files and results")
     parser.add_argument("--only", default="", metavar="WORD", help="packages whose name has this word")

@@ -187,9 +187,18 @@ def scheduler(
     itemsize = np.dtype(network.dtype).itemsize
     sizes = context.index_sizes(network, batch)
     output = network.output
-    shown, attended = output.name in context.outputs, output.name in context.attended
-    images, biased, awaited = context.images, is_biased(network), output.name in context.images
-    return kind(term, output.axes, sizes, context.profile, itemsize, shown, attended, images, biased, awaited)
+    return kind(
+        term,
+        output.axes,
+        sizes,
+        context.profile,
+        itemsize,
+        shown=output.name in context.outputs,
+        in_order=output.name in context.attended,
+        images=context.images,
+        biased=is_biased(network),
+        awaited=output.name in context.images,
+    )
 
 
 def is_biased(network: Network) -> bool:

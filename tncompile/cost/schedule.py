@@ -125,6 +125,7 @@ class Scheduler:
         self.windows = term.windows
         self._layouts = reduced_layouts(term, self.output)
         self._blocked = [not t.is_core and t.name in images for t in term.tensors]
+        self._in_blocks = len(self.axes) == IMAGE and itemsize == 4  # whether results of this kind may lie so
 
     def layout(self, position: int) -> Layout:
         """The order of a tensor's indices as it flows in, or as it is stored."""
@@ -138,7 +139,7 @@ class Scheduler:
                 seconds += self.profile.multiply_time(1, self.size(layout), self.itemsize)
             if len(self.axes) == IMAGE:  # its space becomes one axis, and again two
                 seconds += 2 * self.profile.node
-            if self.awaited and len(self.axes) == IMAGE and self.itemsize == 4:
+            if self.awaited and self._in_blocks:
                 batch, channels, *space = map(self.size, self.axes)
                 seconds += self.profile.turned_time(batch, channels, math.prod(space))
         if not self.shown:
@@ -255,8 +256,7 @@ class Scheduler:
     def leaves_blocks(self, form: str, order: Layout, both: bool) -> bool:
         """Whether the result of a step, of this form and order, lies in blocks of channels; `both`: what it reads are
         two images that do."""
-        kept = both if form == "multiply" else self._convolves(form, order)
-        return len(self.axes) == IMAGE and self.itemsize == 4 and kept
+        return self._in_blocks and (both if form == "multiply" else self._convolves(form, order))
 
     def _convolves(self, form: str, order: Layout) -> bool:
         """Whether a step of this form and order is a convolution, of one place or of several."""
@@ -345,17 +345,21 @@ class Scheduler:
     def _of_channels_last(self, x: Layout, c: Classes) -> Iterable[_Form]:
         """A 1x1 convolution of images whose channels lie last: ONNX Runtime turns them as it puts them in blocks."""
         k, m = self.size(c.summed), self.size(c.right)
-        if c.batch or not c.summed or len(self.axes) != IMAGE or self.itemsize != 4 or k < self.profile.strip:
+        if c.batch or not c.summed or not self._in_blocks or k < self.profile.strip:
             return
         space = self._space(x, IMAGE - 2)
         before = x[: len(x) - len(space) - len(c.summed)]
         last = space and x == (*before, *space, *(i for i in x if i in c.summed))
         if not last or not self._has_images(before) or not takes_images(k, self.profile.strip):
             return
-        batch, n = self.size(before), self.size(space)
-        seconds = self.profile.turned_time(batch, k, n) + self.profile.direct_time(batch, k, m, 1, n)
+        seconds = self._pointwise(self.size(before), k, m, self.size(space), blocked=False)
         for free in orders(c.right):
             yield seconds, "core_left", (*before, *free, *space)
+
+    def _pointwise(self, batch: int, channels: int, filters: int, space: int, blocked: bool) -> float:
+        """Seconds of a 1x1 convolution in blocks of channels, of an image that comes in them or is put into them."""
+        put = 0.0 if blocked or channels < self.profile.strip else self.profile.turned_time(batch, channels, space)
+        return put + self.profile.direct_time(batch, channels, filters, 1, space)
 
     def _core_left(self, x: Layout, c: Classes, start: int, turned: float) -> Iterable[_Form]:
         middle, end = start + len(c.batch), start + len(c.batch) + len(c.summed)
@@ -367,10 +371,9 @@ class Scheduler:
         seconds = turned + self.profile.matmul_time(batch, m, k, n, self.itemsize, True, True)
         # a 1x1 convolution, which ONNX Runtime has not in float64
         if self._has_images(before) and not c.batch and self._is_space(x, after) and self.itemsize != 8:
-            whole = len(self.axes) == IMAGE and after == self._space(x, IMAGE - 2)
-            if whole and self.itemsize == 4 and takes_images(k, self.profile.strip):
-                put = 0.0 if turned or k < self.profile.strip else self.profile.turned_time(batch, k, n)
-                seconds = put + self.profile.direct_time(batch, k, m, 1, n)
+            whole = self._in_blocks and after == self._space(x, IMAGE - 2)
+            if whole and takes_images(k, self.profile.strip):
+                seconds = self._pointwise(batch, k, m, n, blocked=turned > 0)
             else:
                 seconds = min(seconds, turned + self.profile.conv_time(batch, k, m, n, self.itemsize))
         for free in orders(c.right):

@@ -17,7 +17,8 @@ Values = Mapping[str, onnx_ir.Value]
 def made(item: Opaque, values: Values) -> list[onnx_ir.Node]:
     """The nodes for an opaque node that is in no file; the last one has its value.
 
-    Passes make copies of operations on each element alone (`onnx.…`), and selections, slices and stacks (`aten.…`).
+    Passes make copies of operations on each element alone (`onnx.…`), and selections, slices and stacks (`aten.…`);
+    the importer makes `onnx.Identity` of a weight that is an output.
     """
     domain, _, operator = item.target.partition(".")
     if domain == "onnx":
