@@ -196,14 +196,18 @@ def scheduler(
         shown=output.name in context.outputs,
         in_order=output.name in context.attended,
         images=context.images,
-        biased=is_biased(network),
+        added=added(network, context),
         awaited=output.name in context.images,
     )
 
 
-def is_biased(network: Network) -> bool:
-    """Whether constants are added to the one term that moves."""
-    return len(network.moving) == 1 and bool(network.constants)
+def added(network: Network, context: Context) -> int:
+    """How often something is added to the one term that computes: constants, and an image that is as it was."""
+    computed = [term for term in network.moving if len(term.tensors) > 1]
+    others = [term for term in network.moving if len(term.tensors) == 1]
+    if len(computed) != 1 or any(term.tensors[0].name not in context.images for term in others):
+        return 0
+    return len(others) + bool(network.constants)
 
 
 def tree_search(network: Network, term: Term, context: Context, batch: int) -> TreeSearch:
@@ -273,7 +277,7 @@ def key_of(network: Network, term: Term, context: Context) -> tuple[object, ...]
     )
     windows = tuple(w.form(number) for w in term.windows)
     name, output = network.output.name, network.output.form(number)
-    place = name in context.outputs, name in context.attended, name in context.images, is_biased(network)
+    place = name in context.outputs, name in context.attended, name in context.images, added(network, context)
     return tensors, output, windows, term.order, network.dtype, place
 
 

@@ -84,6 +84,18 @@ def test_what_is_known_of_the_kernels() -> None:
     assert read < profile.bandwidth
 
 
+def test_what_the_caches_do_not_hold_is_waited_for() -> None:
+    profile = PROFILES[0]
+    assert profile.waits(1 << 12) == 0
+    small, large = 1 << 11, 1 << 16  # rows of 64: 1 MB in all, and 32 MB
+    for time in (
+        lambda rows: profile.matmul_time(1, rows, 64, 64, 4),
+        lambda rows: profile.permute_time(rows * 64, 1, 4, True, (rows, 64)),
+        lambda rows: profile.copy_time(rows * 64, 4),
+    ):
+        assert time(large) > 1.2 * large / small * time(small)
+
+
 def test_json_round_trip() -> None:
     for profile in PROFILES:
         again = DeviceProfile.from_json(profile.to_json())

@@ -77,6 +77,54 @@ def test_channels_that_move_for_a_norm_move_in_one_node_beside_the_convolution()
     assert found == sorted([*4 * ["Conv"], *2 * ["Transpose"], "LayerNormalization", "Gelu", "Add"])
 
 
+class Grouped(nn.Module):
+    """Channels mixed within groups, as a 1x1 convolution or as the einsum that it is."""
+
+    def __init__(self, groups: int, width: int, einsum: bool) -> None:
+        super().__init__()
+        sizes = ((3, 1), (1, groups), (3, 1))
+        self.layers = nn.ModuleList(
+            nn.Conv2d(groups * width, groups * width, k, padding=k // 2, groups=g) for k, g in sizes
+        )
+        self.groups, self.einsum = groups, einsum
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, mix, last = self.layers
+        x = torch.relu(first(x))
+        if not self.einsum:
+            return last(torch.relu(mix(x)))
+        weight = mix.weight.reshape(self.groups, -1, mix.in_channels // self.groups)
+        mixed = torch.einsum("bgchw,goc->bgohw", x.unflatten(1, (self.groups, -1)), weight).flatten(1, 2)
+        return last(torch.relu(mixed + mix.bias[:, None, None]))
+
+
+@pytest.mark.parametrize("einsum", [False, True])
+@pytest.mark.parametrize(("groups", "width", "convolves"), [(6, 16, True), (4, 32, True), (12, 3, False)])
+def test_groups_of_whole_blocks(groups: int, width: int, convolves: bool, einsum: bool) -> None:
+    result = checked(Grouped(groups, width, einsum), torch.randn(2, groups * width, 14, 14), batch=8, micro_batch=False)
+    assert operators(result.onnx).count("Conv") == 2 + convolves and ("MatMul" in operators(result.onnx)) != convolves
+
+
+class Residual(nn.Module):
+    """An image and a 1x1 convolution of what heads make of it, each with its channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.mix = nn.Conv2d(64, 64, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        heads = torch.softmax(x.flatten(2).unflatten(1, (4, -1)).transpose(2, 3), -1)
+        h = heads.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
+        return self.after(x + self.mix(h))
+
+
+def test_what_is_added_to_an_image_is_one_too() -> None:
+    found = operators(checked(Residual(), torch.randn(2, 64, 10, 10), batch=8, micro_batch=False).onnx)
+    assert found.count("Conv") == 3 and "MatMul" not in found
+
+
 def test_a_kernel_is_not_written_out_over_a_long_signal() -> None:
     """At each of 342 places: 320,000 numbers for 256."""
     result = checked(nn.Conv1d(1, 1, 256, stride=2, bias=False), torch.randn(2, 1, 939), batch=(1, 32))

@@ -197,11 +197,11 @@ class Light(nn.Module):
 
 def test_light_work_on_images_from_memory_is_worth_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a Scan costs is compared with the whole batch, whose images come from memory."""
-    compiled = tncompile.compile(Light(), (torch.randn(2, 64, 16, 16),), batch=256, threads=1, check=False)
+    compiled = tncompile.compile(Light(), (torch.randn(2, 64, 20, 20),), batch=256, threads=1, check=False)
     assert compiled.report.micro_batches is not None
     found = microbatch.find_region
     monkeypatch.setattr(microbatch, "find_region", lambda *given: as_if_cached(found(*given)))
-    compiled = tncompile.compile(Light(), (torch.randn(2, 64, 16, 16),), batch=256, threads=1, check=False)
+    compiled = tncompile.compile(Light(), (torch.randn(2, 64, 20, 20),), batch=256, threads=1, check=False)
     assert compiled.report.micro_batches is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 
 from tests.emit.programs import LINEAR, SEQUENCE, TT, count, emit, network
@@ -97,6 +98,20 @@ term
 -> y[b]
 """
     assert count(emit(network(body, "batch"))) == {"ReduceSum": 1}
+
+
+def test_axes_apart_are_summed_one_after_the_other() -> None:
+    """ONNX Runtime sums neighbours in order, and others with a stride for each element."""
+    body = """
+indices b=batch, i=3, j=4, k=5, l=6
+term
+  0 operand x[b, i, j, k, l]
+-> y[b, j]
+"""
+    compiled = emit(network(body, "batch, 4", "x: float32[batch, 3, 4, 5, 6]"))
+    axes = {i.name: onnx.numpy_helper.to_array(i).tolist() for i in compiled.model.graph.initializer}
+    sums = [node for node in compiled.model.graph.node if node.op_type == "ReduceSum"]
+    assert [axes[node.input[1]] for node in sums] == [[3, 4], [1]]
 
 
 def test_a_sum_over_the_batch() -> None:

@@ -65,10 +65,10 @@ class Convolution:
 
 
 def convolution(x: Layout, y: Layout, windows: Sequence[Window], kept: Collection[str]) -> Convolution:
-    """How a kernel `y` with `windows` over `x` is applied to it."""
+    """How a kernel `y` with `windows` over `x` is applied to it; without any, at each place behind the channels."""
     c = classify(x, y, kept)
     axes, kernels = {w.axis for w in windows}, {w.kernel for w in windows}
-    start = min(map(x.index, axes))
+    start = min(map(x.index, axes or {i for i in x if i in c.summed}))
     behind = [i for i in x[start:] if i in c.left]
     if len(behind) > MAX_SPACE:
         behind = [i for i in behind if i in axes]

@@ -18,6 +18,7 @@ _BRANCH = 7e-6
 _IMAGE = 1.5e-7  # seconds, to begin one image of one group
 _NARROW = 2.0  # how many times as slow as large products the products of a few channels are
 _IN_BLOCKS, _IN_ROWS = 1.05, 0.55  # shares of the best rate that kernels for images of two dimensions reach
+_OTHERS = 4  # arrays of one size that share the caches in a network; tables are of one or two in a loop
 _CACHED = 1 << 16
 
 
@@ -101,7 +102,21 @@ class DeviceProfile:
             inside = self.batched.covers(batch, m, k, n)
         if not inside:  # beyond the grid the caches may end before the rate does
             seconds = max(seconds, self.read(4.0 * batch * (m * k + k * n + m * n)))
-        return seconds * width
+        return seconds * width + (self.waits(m * (k + n) * width) if packed else 0.0)
+
+    def waits(self, elements: float) -> float:
+        """Seconds that elements which are read and written wait for memory: what a copy of them takes in a network,
+        whose other arrays are in the caches too, beyond what it would take if all were there."""
+        best, seconds = self._cached_copy
+        return max(0.0, self._copied(elements) - seconds * elements / best) if elements > best else 0.0
+
+    def _copied(self, elements: float) -> float:
+        return max(self.copy(elements), self.copy(_OTHERS * elements) / _OTHERS)
+
+    @cached_property
+    def _cached_copy(self) -> tuple[int, float]:
+        """The elements, and seconds, of the copy with the highest rate."""
+        return min(((elements, s) for (elements,), s in self.copy.points()), key=lambda point: point[1] / point[0])
 
     def stream_time(self, elements: int, itemsize: int) -> float:
         """Seconds to read so many elements in order."""
@@ -123,7 +138,7 @@ class DeviceProfile:
         else:  # wider elements are copied as blocks of narrower ones
             table = self.moved if single else self.shuffled
             seconds = table(elements // block, block * width)
-        return max(seconds, self.copy(elements * width))
+        return max(seconds, self.copy(elements * width)) + self.waits(elements * width)
 
     @lru_cache(maxsize=_CACHED)  # noqa: B019
     def conv_time(self, batch: int, channels: int, filters: int, space: int, itemsize: int) -> float:
@@ -153,11 +168,11 @@ class DeviceProfile:
         images = batch * groups
         outputs = images * filters * space
         if groups == 1 or (channels % BLOCK == 0 and filters % BLOCK == 0 and not volume):
-            unfolded = self.copy(images * channels * taps * space) if taps > 1 else 0.0
+            unfolded = self._copied(images * channels * taps * space) if taps > 1 else 0.0
             return self.conv_time(images, channels * taps, filters, space, itemsize) + unfolded * width
         if channels == filters == 1 and groups % BLOCK == 0 and not volume:
-            return 4 * self.node + (2 * self.copy(outputs) + outputs * taps / self.sustained) * width
-        unfolded = self.copy(images * channels * taps * space)
+            return 4 * self.node + (2 * self._copied(outputs) + outputs * taps / self.sustained) * width
+        unfolded = self._copied(images * channels * taps * space)
         products = 2.0 * outputs * channels * taps / self.sustained
         return self.node + images * _IMAGE + (1.5 * unfolded + _NARROW * products) * width
 
@@ -176,7 +191,7 @@ class DeviceProfile:
 
     def turned_time(self, batch: int, channels: int, space: int) -> float:
         """Seconds to put the channels of images in blocks, or back."""
-        return self.copy(batch * self._whole(channels) * space)
+        return self._copied(batch * self._whole(channels) * space)
 
     def _whole(self, channels: int) -> int:
         return -(-channels // self.strip) * self.strip
@@ -185,7 +200,7 @@ class DeviceProfile:
     def multiply_time(self, spans: int, length: int, itemsize: int) -> float:
         """Seconds for an elementwise product or sum of `spans`·`length` results, one side broadcast each span."""
         elements = spans * length * max(1, itemsize / 4)
-        return max(self.multiply(spans, length * max(1, itemsize / 4)), self.copy(elements))
+        return max(self.multiply(spans, length * max(1, itemsize / 4)), self._copied(elements))
 
     @lru_cache(maxsize=_CACHED)  # noqa: B019
     def reduce_time(self, outer: int, summed: int, inner: int, itemsize: int) -> float:
@@ -196,7 +211,7 @@ class DeviceProfile:
 
     def copy_time(self, elements: int, itemsize: int) -> float:
         """Seconds for a node that copies, as does a Reshape right before an output of the model."""
-        return self.copy(elements * itemsize / 4)
+        return self._copied(elements * itemsize / 4)
 
     def to_json(self) -> str:
         """As JSON text, a line for each table."""

@@ -12,9 +12,9 @@ both and summed), M (left only) and N (right only). The forms:
     core_left  right (R N K) @ left (M1 R K M2)   -> (M1 R N M2)     saves a Transpose between two steps
     multiply   left * right, then sum over K      -> (left's order, N)
 
-Where the right side is a core with the kernel of a window over the left one, there is a fourth form, and only it. R
-then are the groups of the convolution; what stays of the left side stands in front as a batch, or behind as an axis
-without a window:
+Where the right side is a core with the kernel of a window over the left one, there is a fourth form, and only it; it
+is there for a 1x1 convolution with groups too. R then are the groups of the convolution; what stays of the left side
+stands in front as a batch, or behind as an axis without a window:
 
     convolve   left (M R K i..), right (R N K k..) -> (M R N h..)
 """
@@ -25,7 +25,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tncompile.cost.kernels import gains_as_image, takes_images
+from tncompile.cost.kernels import BLOCK, gains_as_image, takes_images
 from tncompile.cost.layouts import (
     MAX_SPACE,
     Classes,
@@ -94,9 +94,9 @@ class Scheduler:
     `output` are the axes of the result, which is `shown` where it is an output of the model: ONNX Runtime writes an
     output into memory of its own, so that a Reshape at the end is a copy. Anywhere else it costs nothing. `in_order`:
     the free modes of a core stand in the order of the output, as ONNX Runtime's attention reads them. `images` are the
-    operands that come in blocks of channels; the result is for one who takes it as it is. `biased`: constants are added
-    to it, which a convolution does as it stores and a matmul in one more pass. `awaited`: who reads it takes it to lie
-    in blocks.
+    operands that come in blocks of channels; the result is for one who takes it as it is. So often something is
+    `added` to it, which a convolution does as it stores and a matmul in one more pass. `awaited`: who reads it takes it
+    to lie in blocks.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Scheduler:
         shown: bool = False,
         in_order: bool = False,
         images: Collection[str] = (),
-        biased: bool = False,
+        added: int = 0,
         awaited: bool = False,
     ) -> None:
         self.term = term
@@ -120,7 +120,7 @@ class Scheduler:
         self.itemsize = itemsize
         self.shown = shown
         self.in_order = in_order
-        self.biased = biased
+        self.added = added
         self.awaited = awaited
         self.windows = term.windows
         self._layouts = reduced_layouts(term, self.output)
@@ -135,8 +135,8 @@ class Scheduler:
         """Seconds to bring the last result, of a step on a `left` side, into the order and axes of the output."""
         seconds = self.permute(layout, tuple(i for i in self.output if i in layout))
         if form in ("matmul", "core_left") and not self._convolves(form, layout):
-            if self.biased:
-                seconds += self.profile.multiply_time(1, self.size(layout), self.itemsize)
+            if self.added:
+                seconds += self.added * self.profile.multiply_time(1, self.size(layout), self.itemsize)
             if len(self.axes) == IMAGE:  # its space becomes one axis, and again two
                 seconds += 2 * self.profile.node
             if self.awaited and self._in_blocks:
@@ -292,6 +292,7 @@ class Scheduler:
                 yield seconds + turned, form, order
             if core:
                 yield from self._core_lefts(x, c, turned)
+                yield from self._grouped(x, y, c, kept, blocked)
         seconds, form, order = self._multiply(x, y, core, c)
         yield seconds + (0.0 if both else turned), form, order
 
@@ -339,22 +340,25 @@ class Scheduler:
         starts = [min(x.index(i) for i in block)] if block else range(len(x))  # an outer product fits anywhere
         for start in starts:
             yield from self._core_left(x, c, start, turned)
-        if not turned:
-            yield from self._of_channels_last(x, c)
+        yield from self._as_image(x, c, turned)
 
-    def _of_channels_last(self, x: Layout, c: Classes) -> Iterable[_Form]:
-        """A 1x1 convolution of images whose channels lie last: ONNX Runtime turns them as it puts them in blocks."""
-        k, m = self.size(c.summed), self.size(c.right)
-        if c.batch or not c.summed or not self._in_blocks or k < self.profile.strip:
+    def _as_image(self, x: Layout, c: Classes, turned: float) -> Iterable[_Form]:
+        """A 1x1 convolution of images that lie in another order. Where their channels lie last ONNX Runtime turns them
+        as it puts them in blocks."""
+        space = self._space(x, len(self.axes) - 2)
+        before = tuple(i for i in x if i in c.left and i not in space)
+        summed = tuple(i for i in x if i in c.summed)
+        wanted = (*before, *summed, *space)
+        if c.batch or not summed or not space or {*wanted} != {*x} or wanted == x:
             return
-        space = self._space(x, IMAGE - 2)
-        before = x[: len(x) - len(space) - len(c.summed)]
-        last = space and x == (*before, *space, *(i for i in x if i in c.summed))
-        if not last or not self._has_images(before) or not takes_images(k, self.profile.strip):
+        if not self._has_images(before) or self.itemsize == 8:
             return
-        seconds = self._pointwise(self.size(before), k, m, self.size(space), blocked=False)
-        for free in orders(c.right):
-            yield seconds, "core_left", (*before, *free, *space)
+        k = self.size(summed)
+        blocks = self._in_blocks and k >= self.profile.strip and takes_images(k, self.profile.strip)
+        in_one = blocks and not turned and x == (*before, *space, *summed)
+        moved = turned + (0.0 if in_one else self.permute(x, wanted))
+        for seconds, form, order in self._core_left(wanted, c, len(before), 0.0):
+            yield moved + seconds, form, order
 
     def _pointwise(self, batch: int, channels: int, filters: int, space: int, blocked: bool) -> float:
         """Seconds of a 1x1 convolution in blocks of channels, of an image that comes in them or is put into them."""
@@ -379,6 +383,14 @@ class Scheduler:
         for free in orders(c.right):
             yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
 
+    def _grouped(self, x: Layout, y: Layout, c: Classes, kept: Collection[str], blocked: bool) -> Iterable[_Form]:
+        """A 1x1 convolution with groups, where ONNX Runtime keeps the channels of all of them in blocks."""
+        whole = self.size(c.summed) % BLOCK == self.size(c.right) % BLOCK == 0
+        if c.batch and c.summed and whole and self._in_blocks:
+            parts = convolution(x, y, (), kept)
+            if parts.space and parts.space == self._space(x, IMAGE - 2) and self._has_images(parts.batch):
+                yield from self._convolutions(x, y, (), kept, blocked)
+
     def _taken(self, kept: Collection[str], union: Collection[str]) -> set[str]:
         """The axes of the windows that a contraction slides over: it multiplies at each place that they leave."""
         return {w.axis for w in self.windows if w.axis in union and w.out in kept}
@@ -401,9 +413,9 @@ class Scheduler:
         left = tuple(out.get(i, i) for i in parts.space)
         batch, groups, channels = map(self.size, (parts.batch, parts.groups, parts.channels))
         filters, taps, space = self.size(parts.filters), self.size(w.kernel for w in windows), self.size(left)
-        direct = self.itemsize == 4 and groups == 1 and self._is_direct(channels, filters, taps, left)
+        direct = self.itemsize == 4 and self._is_direct(groups, channels, filters, taps, left)
         if direct:
-            seconds = self.profile.direct_time(batch, channels, filters, taps, space)
+            seconds = self.profile.direct_time(batch * groups, channels, filters, taps, space)
         else:
             volume = len(self.windows) > 2 or len(self.axes) > IMAGE
             seconds = self.profile.convolution_time(
@@ -411,19 +423,22 @@ class Scheduler:
             )
         moved = self.permute(x, parts.wanted)
         wanted = direct and channels >= self.profile.strip
-        if groups == 1 and (blocked != wanted or (blocked and moved)):  # with groups their price has that in it
+        priced = groups > 1 and not direct  # with that in it
+        if not priced and (blocked != wanted or (blocked and moved)):
             seconds += self.profile.turned_time(batch, groups * channels, self.size(parts.space))
         if direct and len(self.axes) < IMAGE:  # a sequence, as an image of one row between two Reshapes
             seconds += self.profile.turned_time(batch, filters, space)
         for free in orders(parts.filters):
             yield seconds + moved, "convolve", (*parts.batch, *parts.groups, *free, *left)
 
-    def _is_direct(self, channels: int, filters: int, taps: int, space: Layout) -> bool:
-        """Whether a convolution without groups is computed on images that are not unfolded."""
+    def _is_direct(self, groups: int, channels: int, filters: int, taps: int, space: Layout) -> bool:
+        """Whether a convolution is computed on images that are not unfolded."""
         axes = self.axes[2:]
         if len(axes) == IMAGE - 2 and tuple(i for axis in axes for i in axis) == space and len(space) <= len(axes):
-            return takes_images(channels, self.profile.strip)
-        return len(space) == 1 and len(self.axes) < IMAGE and gains_as_image(1, channels, filters, taps)
+            strip = self.profile.strip
+            return takes_images(channels, strip) if groups == 1 else channels % strip == filters % strip == 0
+        one = len(space) == 1 and groups == 1 and len(self.axes) < IMAGE
+        return one and gains_as_image(1, channels, filters, taps)
 
     def _multiply(self, x: Layout, y: Layout, core: bool, c: Classes) -> _Form:
         full = (*x, *c.right)
@@ -435,11 +450,22 @@ class Scheduler:
         seconds = self.profile.multiply_time(self.size(full) // length, length, self.itemsize)
         if not core:
             seconds += self.permute(y, tuple(i for i in full if i in here))
-        if c.summed:
-            places = [k for k, i in enumerate(full) if i in c.summed]
-            summed, inner = self.size(c.summed), self.size(full[places[-1] + 1 :])
-            seconds += self.profile.reduce_time(self.size(full) // (summed * inner), summed, inner, self.itemsize)
+        seconds += self._sum(full, c.summed)
         return seconds, "multiply", (*(i for i in x if i not in c.summed), *c.right)
+
+    def _sum(self, layout: Layout, summed: Collection[str]) -> float:
+        """Seconds to sum over modes of a layout, neighbours together, the last ones first."""
+        seconds, end = 0.0, len(layout)
+        while end:
+            start = end - 1
+            if layout[start] in summed:
+                while start and layout[start - 1] in summed:
+                    start -= 1
+                behind = tuple(i for i in layout[end:] if i not in summed)
+                outer, run, inner = map(self.size, (layout[:start], layout[start:end], behind))
+                seconds += self.profile.reduce_time(outer, run, inner, self.itemsize)
+            end = start
+        return seconds
 
     def _turned(self, layout: Layout, wanted: Layout, inner: Layout, first: int = 0) -> int:
         """Where only the `inner` modes, last in `wanted`, change places with those just before them: the size of the

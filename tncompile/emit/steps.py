@@ -218,11 +218,15 @@ class Contractions:
         return Laid(value, groups)
 
     def reduce(self, laid: Laid, summed: Sequence[str]) -> Laid:
-        """An array summed over whole axes."""
+        """An array summed over whole axes, neighbours together, the last first: at once would take longer."""
         axes = [k for k, axis in enumerate(laid.axes) if axis and axis[0] in summed]
-        wanted = self.write.constant(f"axes_{'_'.join(map(str, axes))}", axes)
-        kept = tuple(axis for k, axis in enumerate(laid.axes) if k not in axes)
-        return Laid(self.write.op("ReduceSum", [laid.value, wanted], keepdims=0), kept)
+        while axes:
+            start = next(k for k in range(len(axes)) if axes[k:] == [*range(axes[k], axes[-1] + 1)])
+            axes, run = axes[:start], axes[start:]
+            wanted = self.write.constant(f"axes_{'_'.join(map(str, run))}", run)
+            kept = tuple(axis for k, axis in enumerate(laid.axes) if k not in run)
+            laid = Laid(self.write.op("ReduceSum", [laid.value, wanted], keepdims=0), kept)
+        return laid
 
 
 def _position(order: Group, names: Group) -> int:
