@@ -219,11 +219,12 @@ def main() -> None:
     parser.add_argument("--layouts", type=int, default=3, help="layouts of each tree (default 3)")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args()
+    chosen = [layer for layer in layers() if options.only in layer.name]
+    if not chosen:
+        parser.error(f"no layer's name has {options.only!r} in it")
     profile = choose(threads=options.threads).profile
     results = []
-    for layer in layers():
-        if options.only not in layer.name:
-            continue
+    for layer in chosen:
         for batch in map(int, options.batch.split(",")):
             result = judge(layer, batch, profile, options.tune, options.layouts, options.threads)
             tuned = "" if result.tuned_regret is None else f", tuned {result.tuned_regret:+.1%}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 
 from tests.emit.programs import LINEAR, SEQUENCE, TT, count, emit, network
-from tests.helpers import compile_program, nodes_of
+from tests.helpers import assert_close, compile_program, nodes_of, program_of, session_of
 from tests.test_property import single
-from tncompile.passes import Clean, Order
+from tncompile.passes import Clean, Context, Order
 
 # ------------------------------------------------------------------------------------ nodes
 
@@ -59,6 +60,27 @@ def test_constants_are_on_the_right_of_every_matmul(body: str) -> None:
         if node.op_type in ("MatMul", "Gemm"):
             assert node.input[0] not in constants
             assert node.input[1] in constants
+
+
+@pytest.mark.parametrize(("batch", "fuses"), [(1, True), (256, False)])
+def test_a_turned_operand_of_many_products_is_one_matrix(batch: int, fuses: bool) -> None:
+    """ONNX Runtime turns what a Transpose gives a MatMul in each product of it; a Reshape between keeps them apart."""
+    body = """
+indices b=batch, c=16, n=3, m=16
+term
+  0 operand x[b, c, n]
+  1 core fc.weight[m, c]
+-> y[b, n, m]
+"""
+    program = program_of(network(body, "batch, 3, 16", "x: float32[batch, 16, 3]"))
+    model = compile_program(program, Context(batches=(batch,))).model
+    made = {name: node for node in model.graph.node for name in node.output}
+    (product,) = (node for node in model.graph.node if node.op_type == "MatMul")
+    assert made[product.input[0]].op_type == ("Transpose" if fuses else "Reshape")
+    session = session_of(model.SerializeToString())
+    weight = next(onnx.numpy_helper.to_array(i) for i in model.graph.initializer if i.name == product.input[1])
+    x = np.random.default_rng(0).standard_normal((5, 16, 3)).astype(np.float32)
+    assert_close(session.run(None, {"x": x})[0], x.swapaxes(1, 2).astype(np.float64) @ weight, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("first", [0, 20])

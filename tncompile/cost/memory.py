@@ -102,7 +102,7 @@ def _wanted(x: Layout, y: Layout, core: bool, step: Step) -> tuple[Layout, Layou
     """The layouts that a step reads its sides in; a core's is free."""
     c = classify(x, y, {*step.order})
     free = tuple(n for n in step.order if n in c.right)
-    if step.form == "matmul":
+    if step.form in ("matmul", "fused"):
         rows = tuple(n for n in step.order if n not in c.right)
         batch = tuple(n for n in rows if n in c.batch)
         return (*rows, *c.summed), y if core else (*batch, *c.summed, *free)

@@ -9,6 +9,7 @@ In one contraction the indices fall into R (on both sides and kept: the batch mo
 both and summed), M (left only) and N (right only). The forms:
 
     matmul     left (M1 R M2 K) @ right (R K N)   -> (M1 R M2 N)     a core on the B side, prepacked
+    fused      left (M1 R K M2) ...               -> (M1 R M2 N)     the same, M2 and K change places in the matmul
     core_left  right (R N K) @ left (M1 R K M2)   -> (M1 R N M2)     saves a Transpose between two steps
     multiply   left * right, then sum over K      -> (left's order, N)
 
@@ -43,12 +44,13 @@ from tncompile.ir.core import Index, Step, Term, Window
 from tncompile.ir.tree import Tree, flatten, fold_tree
 
 _Form = tuple[float, str, Layout]
+_PRODUCTS = ("matmul", "fused", "core_left")
 KEPT_LAYOUTS = 12
 IMAGE = 4
 """Axes of the values that ONNX Runtime may keep in blocks of channels: batch, channels, and two of space."""
 
-_LONG = 20
-"""Nodes' times from which on a product is long: what it costs to begin is nothing beside it."""
+_PRODUCT = 3e-8
+"""Seconds to begin one of several products whose left sides are turned as they are read."""
 
 _PANEL = 256
 """Columns of a product for which ONNX Runtime reads its left side once."""
@@ -134,7 +136,7 @@ class Scheduler:
     def finish(self, left: Layout, form: str, layout: Layout) -> float:
         """Seconds to bring the last result, of a step on a `left` side, into the order and axes of the output."""
         seconds = self.permute(layout, tuple(i for i in self.output if i in layout))
-        if form in ("matmul", "core_left") and not self._convolves(form, layout):
+        if form in _PRODUCTS and not self._convolves(form, layout):
             if self.added:
                 seconds += self.added * self.profile.multiply_time(1, self.size(layout), self.itemsize)
             if len(self.axes) == IMAGE:  # its space becomes one axis, and again two
@@ -146,7 +148,7 @@ class Scheduler:
             return seconds
         free = {i for i in layout if i not in left}
         merged = [axis for axis in self.axes if len(axis) > 1]
-        if not merged or (form == "matmul" and merged == [self.axes[-1]] and free == {*self.axes[-1]}):
+        if not merged or (form in ("matmul", "fused") and merged == [self.axes[-1]] and free == {*self.axes[-1]}):
             return seconds
         return seconds + self.profile.copy_time(self.size(layout), self.itemsize)
 
@@ -309,25 +311,21 @@ class Scheduler:
         m = self.size(c.left) // outer
         batch, k, n = outer * self.size(c.batch), self.size(c.summed), self.size(c.right)
         end = max((base.index(i) + 1 for i in c.batch), default=0)
-        turned = self._turned(x, (*base, *c.summed), c.summed, end)
-        if turned:  # ONNX Runtime fuses the transpose, and then runs a product for each of the modes before it
-            rows = self.size(base) // turned
-            panels = -(-n // _PANEL) * self.size(x)  # turned again for each of them, as it is read
-            seconds = max(self.profile.node, self.profile.copy_time(2 * panels, self.itemsize))
-            each = self.profile.matmul_time(1, rows, k, n, self.itemsize, True)
-            if core and not c.batch and each > _LONG * self.profile.node:  # a packed side is so for each product
-                seconds += turned * each
-            else:
-                seconds += self.profile.matmul_time(turned, rows, k, n, self.itemsize, core and turned == 1)
-        else:
-            seconds = self.permute(x, (*base, *c.summed))
-            seconds += self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
+        moved = self.permute(x, (*base, *c.summed))
+        seconds = self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
         if not core:
-            wanted = (*c.batch, *c.summed, *c.right)
-            turned = self._turned(y, wanted, c.right, len(c.batch))
-            seconds += self.profile.node if turned else self.permute(y, wanted)
+            seconds += self.permute(y, (*c.batch, *c.summed, *c.right))
+        forms = {"matmul": seconds + moved}
+        turned = self._turned(x, (*base, *c.summed), c.summed, end)
+        if turned:  # as it is read, again for each panel
+            node, panels = self.profile.node, -(-n // _PANEL)
+            if c.batch:  # there is no other way
+                copied = self.profile.copy_time(2 * panels * self.size(x), self.itemsize)
+                forms = {"fused": seconds + max(node, copied)}
+            else:
+                forms["fused"] = seconds + max(node, panels * moved) - node + turned * _PRODUCT
         for free in self._free(c.right) if core else [c.right]:
-            yield seconds, "matmul", (*base, *free)
+            yield from ((seconds, form, (*base, *free)) for form, seconds in forms.items())
 
     def _free(self, group: Layout) -> Iterable[Layout]:
         """The orders that the free modes of a core may take."""

@@ -43,7 +43,7 @@ class Contractions:
             return self._core_left(left, right, c.batch, c.summed, free, step.order, windows)
         rows = tuple(n for n in step.order if n not in c.right)
         if not c.batch:
-            return self._matmul(left, right, rows, c.summed, free)
+            return self._matmul(left, right, rows, c.summed, free, step.form == "fused")
         start = min(map(rows.index, c.batch))
         batch = rows[start : start + len(c.batch)]
         before, after = rows[:start], rows[start + len(c.batch) :]
@@ -59,11 +59,12 @@ class Contractions:
         """Exactly one axis for some indices, or several where run-time sizes forbid one."""
         return self.write.gather(names) if names else ((),)
 
-    def _matmul(self, left: Laid, right: Side, rows: Group, summed: Group, free: Group) -> Laid:
+    def _matmul(self, left: Laid, right: Side, rows: Group, summed: Group, free: Group, fused: bool) -> Laid:
+        turned = left.order != (*rows, *summed)
         left = self.write.permute(left, (*rows, *summed))
         lead = self.write.gather(rows, left.axes) if rows else ((),)
-        if (*lead, summed) != left.axes and len(lead) > 1:
-            lead = self.write.gather(rows)  # a Reshape is due in any case: as few axes as possible
+        if len(lead) > 1 and ((*lead, summed) != left.axes or (turned and not fused)):
+            lead = self.write.gather(rows)  # as few axes as possible: a Reshape is due, or keeps two nodes apart
         left = self.write.regroup(left, (*lead, summed))
         matrix = self._side(right, (summed, free))
         return Laid(self.write.op("MatMul", [left.value, matrix.value]), (*lead, free))
