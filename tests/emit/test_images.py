@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -103,6 +104,25 @@ class Grouped(nn.Module):
 def test_groups_of_whole_blocks(groups: int, width: int, convolves: bool, einsum: bool) -> None:
     result = checked(Grouped(groups, width, einsum), torch.randn(2, groups * width, 14, 14), batch=8, micro_batch=False)
     assert operators(result.onnx).count("Conv") == 2 + convolves and ("MatMul" in operators(result.onnx)) != convolves
+
+
+class Gray(nn.Module):
+    """One image of three channels that lie last, before a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gray, self.after = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(torch.relu(self.gray(x.permute(0, 3, 1, 2))))
+
+
+@pytest.mark.parametrize(("side", "batch"), [(56, 1), (112, 8)])
+def test_the_only_channel_is_no_product_at_each_place(side: int, batch: int) -> None:
+    found = checked(Gray(), torch.randn(2, side, side, 3), batch=batch, micro_batch=False)
+    graph = onnx.load_model_from_string(found.onnx).graph
+    weights = {i.name for i in graph.initializer}
+    assert all(node.input[0] not in weights for node in graph.node if node.op_type == "MatMul")
 
 
 class Residual(nn.Module):

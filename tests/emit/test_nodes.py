@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
+import tncompile
 from tests.emit.programs import LINEAR, SEQUENCE, TT, count, emit, network
-from tests.helpers import assert_close, compile_program, nodes_of, program_of, session_of
+from tests.helpers import compile_program, nodes_of
 from tests.test_property import single
-from tncompile.passes import Clean, Context, Order
+from tncompile.passes import Clean, Order
 
 # ------------------------------------------------------------------------------------ nodes
 
@@ -62,25 +64,39 @@ def test_constants_are_on_the_right_of_every_matmul(body: str) -> None:
             assert node.input[1] in constants
 
 
-@pytest.mark.parametrize(("batch", "fuses"), [(1, True), (256, False)])
-def test_a_turned_operand_of_many_products_is_one_matrix(batch: int, fuses: bool) -> None:
+class Turned(nn.Module):
+    """A dense layer over what lies before the last axis."""
+
+    def __init__(self, shown: bool) -> None:
+        super().__init__()
+        self.dense, self.shown = nn.Linear(16, 64, bias=False), shown
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.dense(x.transpose(1, 2))
+        return y if self.shown else torch.relu(y)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "shown", "dynamic", "fuses"),
+    [
+        (1, 3, False, "batch", True),
+        (256, 3, False, "batch", False),
+        (64, 1000, True, "batch", True),  # to bring the rows back into two axes would copy the output
+        (256, 3, False, "all", True),  # two dynamic sizes do not become one axis without arithmetic
+    ],
+)
+def test_a_turned_operand_of_many_products_is_one_matrix(
+    batch: int, rows: int, shown: bool, dynamic: str, fuses: bool
+) -> None:
     """ONNX Runtime turns what a Transpose gives a MatMul in each product of it; a Reshape between keeps them apart."""
-    body = """
-indices b=batch, c=16, n=3, m=16
-term
-  0 operand x[b, c, n]
-  1 core fc.weight[m, c]
--> y[b, n, m]
-"""
-    program = program_of(network(body, "batch, 3, 16", "x: float32[batch, 16, 3]"))
-    model = compile_program(program, Context(batches=(batch,))).model
-    made = {name: node for node in model.graph.node for name in node.output}
-    (product,) = (node for node in model.graph.node if node.op_type == "MatMul")
-    assert made[product.input[0]].op_type == ("Transpose" if fuses else "Reshape")
-    session = session_of(model.SerializeToString())
-    weight = next(onnx.numpy_helper.to_array(i) for i in model.graph.initializer if i.name == product.input[1])
-    x = np.random.default_rng(0).standard_normal((5, 16, 3)).astype(np.float32)
-    assert_close(session.run(None, {"x": x})[0], x.swapaxes(1, 2).astype(np.float64) @ weight, tolerance=1e-6)
+    module, x = Turned(shown).eval(), torch.randn(2, 16, rows)
+    sizes = {0: torch.export.Dim("batch"), **({2: torch.export.Dim("rows")} if dynamic == "all" else {})}
+    result = tncompile.compile(module, (x,), batch=batch, dynamic_shapes=(sizes,))
+    torch.testing.assert_close(torch.from_numpy(result.run(x)), module(x), rtol=1e-4, atol=1e-5)
+    graph = onnx.load_model_from_string(result.onnx).graph
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    (product,) = (node for node in graph.node if node.op_type == "MatMul")
+    assert made[product.input[0]] == ("Transpose" if fuses else "Reshape")
 
 
 @pytest.mark.parametrize("first", [0, 20])

@@ -102,6 +102,10 @@ def _wanted(x: Layout, y: Layout, core: bool, step: Step) -> tuple[Layout, Layou
     """The layouts that a step reads its sides in; a core's is free."""
     c = classify(x, y, {*step.order})
     free = tuple(n for n in step.order if n in c.right)
+    if step.form == "core_left" and (c.batch or free):  # in place, but for an image whose channels lie elsewhere
+        start = min(map(step.order.index, (*c.batch, *free)))
+        behind = step.order[start + len(c.batch) + len(free) :]
+        return (*step.order[:start], *c.batch, *c.summed, *behind), y
     if step.form in ("matmul", "fused"):
         rows = tuple(n for n in step.order if n not in c.right)
         batch = tuple(n for n in rows if n in c.batch)

@@ -105,8 +105,9 @@ class DeviceProfile:
         return seconds * width + (self.waits(m * (k + n) * width) if packed else 0.0)
 
     def waits(self, elements: float) -> float:
-        """Seconds that elements which are read and written wait for memory: what a copy of them takes in a network,
-        whose other arrays are in the caches too, beyond what it would take if all were there."""
+        """Seconds that elements wait for memory: what a copy of them takes in a network, whose other arrays are in the
+        caches too, beyond what it would take if all were there. A matmul waits as long for the rows that it reads and
+        those that it writes together, as was measured."""
         best, seconds = self._cached_copy
         return max(0.0, self._copied(elements) - seconds * elements / best) if elements > best else 0.0
 
@@ -138,7 +139,7 @@ class DeviceProfile:
         else:  # wider elements are copied as blocks of narrower ones
             table = self.moved if single else self.shuffled
             seconds = table(elements // block, block * width)
-        return max(seconds, self.copy(elements * width)) + self.waits(elements * width)
+        return max(seconds + self.waits(elements * width), self.copy(elements * width))
 
     @lru_cache(maxsize=_CACHED)  # noqa: B019
     def conv_time(self, batch: int, channels: int, filters: int, space: int, itemsize: int) -> float:

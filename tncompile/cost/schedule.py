@@ -9,13 +9,13 @@ In one contraction the indices fall into R (on both sides and kept: the batch mo
 both and summed), M (left only) and N (right only). The forms:
 
     matmul     left (M1 R M2 K) @ right (R K N)   -> (M1 R M2 N)     a core on the B side, prepacked
-    fused      left (M1 R K M2) ...               -> (M1 R M2 N)     the same, M2 and K change places in the matmul
+    fused      left (M1 R K M2) @ right (R K N)   -> (M1 R M2 N)     the same; M2 and K change places as it is read
     core_left  right (R N K) @ left (M1 R K M2)   -> (M1 R N M2)     saves a Transpose between two steps
     multiply   left * right, then sum over K      -> (left's order, N)
 
-Where the right side is a core with the kernel of a window over the left one, there is a fourth form, and only it; it
-is there for a 1x1 convolution with groups too. R then are the groups of the convolution; what stays of the left side
-stands in front as a batch, or behind as an axis without a window:
+Where the right side is a core with the kernel of a window over the left one, there is one form alone; a 1x1 convolution
+with groups has it beside the others. R then are the groups of the convolution; what stays of the left side stands in
+front as a batch, or behind as an axis without a window:
 
     convolve   left (M R K i..), right (R N K k..) -> (M R N h..)
 """
@@ -26,7 +26,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tncompile.cost.kernels import BLOCK, gains_as_image, takes_images
+from tncompile.cost.kernels import gains_as_image, takes_images
 from tncompile.cost.layouts import (
     MAX_SPACE,
     Classes,
@@ -40,6 +40,7 @@ from tncompile.cost.layouts import (
     together,
 )
 from tncompile.cost.profile import DeviceProfile
+from tncompile.ir import dims
 from tncompile.ir.core import Index, Step, Term, Window
 from tncompile.ir.tree import Tree, flatten, fold_tree
 
@@ -128,6 +129,7 @@ class Scheduler:
         self._layouts = reduced_layouts(term, self.output)
         self._blocked = [not t.is_core and t.name in images for t in term.tensors]
         self._in_blocks = len(self.axes) == IMAGE and itemsize == 4  # whether results of this kind may lie so
+        self._dynamic = {i.name for t in term.tensors for i in t.indices if not dims.is_static(i.size)}
 
     def layout(self, position: int) -> Layout:
         """The order of a tensor's indices as it flows in, or as it is stored."""
@@ -147,6 +149,10 @@ class Scheduler:
         if not self.shown:
             return seconds
         free = {i for i in layout if i not in left}
+        rows = tuple(i for i in layout if i in left)
+        if form == "matmul" and left != (*rows, *(i for i in left if i not in rows)):  # one axis, as it was turned
+            several = sum(not free.issuperset(axis) for axis in self.axes) > 1
+            return seconds + (self.profile.copy_time(self.size(layout), self.itemsize) if several else 0.0)
         merged = [axis for axis in self.axes if len(axis) > 1]
         if not merged or (form in ("matmul", "fused") and merged == [self.axes[-1]] and free == {*self.axes[-1]}):
             return seconds
@@ -316,16 +322,21 @@ class Scheduler:
         if not core:
             seconds += self.permute(y, (*c.batch, *c.summed, *c.right))
         forms = {"matmul": seconds + moved}
-        turned = self._turned(x, (*base, *c.summed), c.summed, end)
-        if turned:  # as it is read, again for each panel
-            node, panels = self.profile.node, -(-n // _PANEL)
-            if c.batch:  # there is no other way
+        front = self._front(x, (*base, *c.summed), c.summed, end)
+        if front is not None and (not c.batch or base[: len(c.batch)] == c.batch):
+            node, panels = self.profile.node, -(-n // _PANEL)  # turned again for each panel
+            if c.batch:
                 copied = self.profile.copy_time(2 * panels * self.size(x), self.itemsize)
                 forms = {"fused": seconds + max(node, copied)}
             else:
-                forms["fused"] = seconds + max(node, panels * moved) - node + turned * _PRODUCT
+                fused = seconds + max(node, panels * moved) - node + self.size(front) * _PRODUCT
+                forms = {**forms, "fused": fused} if self._merge(front, base) else {"fused": fused}
         for free in self._free(c.right) if core else [c.right]:
             yield from ((seconds, form, (*base, *free)) for form, seconds in forms.items())
+
+    def _merge(self, front: Layout, rows: Layout) -> bool:
+        """Whether rows with some modes in front become fewer axes: the Reshape keeps a Transpose and a matmul apart."""
+        return front != () and sum(i in self._dynamic for i in rows) <= 1
 
     def _free(self, group: Layout) -> Iterable[Layout]:
         """The orders that the free modes of a core may take."""
@@ -382,11 +393,10 @@ class Scheduler:
             yield seconds, "core_left", (*before, *x[start:middle], *free, *after)
 
     def _grouped(self, x: Layout, y: Layout, c: Classes, kept: Collection[str], blocked: bool) -> Iterable[_Form]:
-        """A 1x1 convolution with groups, where ONNX Runtime keeps the channels of all of them in blocks."""
-        whole = self.size(c.summed) % BLOCK == self.size(c.right) % BLOCK == 0
-        if c.batch and c.summed and whole and self._in_blocks:
-            parts = convolution(x, y, (), kept)
-            if parts.space and parts.space == self._space(x, IMAGE - 2) and self._has_images(parts.batch):
+        """A 1x1 convolution with groups."""
+        if c.batch and c.summed and self._in_blocks:
+            parts, space = convolution(x, y, (), kept), self._space(x, IMAGE - 2)
+            if parts.space == space and len(space) == IMAGE - 2 and self._has_images(parts.batch):
                 yield from self._convolutions(x, y, (), kept, blocked)
 
     def _taken(self, kept: Collection[str], union: Collection[str]) -> set[str]:
@@ -465,15 +475,15 @@ class Scheduler:
             end = start
         return seconds
 
-    def _turned(self, layout: Layout, wanted: Layout, inner: Layout, first: int = 0) -> int:
-        """Where only the `inner` modes, last in `wanted`, change places with those just before them: the size of the
-        modes that stay in front, at least the `first` few; else 0."""
+    def _front(self, layout: Layout, wanted: Layout, inner: Layout, first: int) -> Layout | None:
+        """Where only the `inner` modes, last in `wanted`, change places with those just before them: the modes that
+        stay in front, at least the `first` few; else None."""
         outer = wanted[: len(wanted) - len(inner)]
         if inner and layout != wanted:
             for cut in range(first, len(outer)):
                 if layout == (*outer[:cut], *inner, *outer[cut:]):
-                    return self.size(outer[:cut])
-        return 0
+                    return outer[:cut]
+        return None
 
     def permute(self, layout: Layout, wanted: Layout) -> float:
         """Seconds to bring a layout into another order."""

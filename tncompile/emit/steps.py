@@ -79,7 +79,14 @@ class Contractions:
         order: Group,
         windows: Sequence[Window],
     ) -> Laid:
-        start = _position(order, (*batch, *free)) if (*batch, *free) else _position(left.order, summed)
+        later = {w.out: w.axis for w in windows if w.axis in left.order}
+        image = tuple(later.get(name, name) for axis in self.out_axes[2:] for name in axis)
+        if batch or free:
+            start = _position(order, (*batch, *free))
+        elif image and order[-len(image) :] == image:  # one channel, wherever those were that it is a sum of
+            start = len(order) - len(image)
+        else:
+            start = _position(left.order, summed)
         before = order[:start]
         after = order[start + len(batch) + len(free) :]
         batch = order[start : start + len(batch)]
@@ -222,8 +229,9 @@ class Contractions:
         """An array summed over whole axes, neighbours together, the last first: at once would take longer."""
         axes = [k for k, axis in enumerate(laid.axes) if axis and axis[0] in summed]
         while axes:
-            start = next(k for k in range(len(axes)) if axes[k:] == [*range(axes[k], axes[-1] + 1)])
-            axes, run = axes[:start], axes[start:]
+            run = [axes.pop()]
+            while axes and not any(laid.axes[axes[-1] + 1 : run[0]]):  # neighbours, or of size 1 between them
+                run = [*range(axes.pop(), run[0]), *run]
             wanted = self.write.constant(f"axes_{'_'.join(map(str, run))}", run)
             kept = tuple(axis for k, axis in enumerate(laid.axes) if k not in run)
             laid = Laid(self.write.op("ReduceSum", [laid.value, wanted], keepdims=0), kept)
