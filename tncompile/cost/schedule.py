@@ -329,8 +329,9 @@ class Scheduler:
                 copied = self.profile.copy_time(2 * panels * self.size(x), self.itemsize)
                 forms = {"fused": seconds + max(node, copied)}
             else:
-                fused = seconds + max(node, panels * moved) - node + self.size(front) * _PRODUCT
-                forms = {**forms, "fused": fused} if self._merge(front, base) else {"fused": fused}
+                fused = seconds + max(node, panels * moved) + self.size(front) * _PRODUCT
+                apart = seconds + moved + node  # with a Reshape more
+                forms = {"matmul": apart, "fused": fused} if self._merge(front, base) else {"fused": fused}
         for free in self._free(c.right) if core else [c.right]:
             yield from ((seconds, form, (*base, *free)) for form, seconds in forms.items())
 
