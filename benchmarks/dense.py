@@ -1,4 +1,4 @@
-"""Dense image models of timm, which no layer of is tensorized, compiled and raced with torch's own export.
+"""Dense image models of timm, in which no layer is tensorized, compiled and raced with torch's own export.
 
     pip install timm
     python -m benchmarks.dense --threads 1 --write docs/performance.md
@@ -35,8 +35,8 @@ class Network:
         target = folder / f"{self.key}.pt2"
         if target.is_file():
             return target
-        torchvision()
         try:
+            torchvision()
             import timm
         except ImportError as error:
             raise TNCompileError(f"timm is not there ({error}): pip install timm") from error

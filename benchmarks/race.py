@@ -77,11 +77,14 @@ def main(name: str, entries: Sequence[Entry], description: str, arguments: Seque
     parser.add_argument("--write", type=Path, metavar="FILE", help="a document to put the table into")
 
     def run(options: argparse.Namespace) -> int:
+        chosen = [entry for entry in entries if options.only in entry.key]
+        if not chosen:
+            parser.error(f"no model's name has {options.only!r} in it")
         command.check_document(options.write)
         options.out.mkdir(parents=True, exist_ok=True)
         store = options.out / "results.json"
         results: dict[str, Any] = {}
-        for entry in (entry for entry in entries if options.only in entry.key):
+        for entry in chosen:
             results[entry.key] = found = measure(entry.file(options.out), entry, options)
             command.write(store, results)
             print(entry.key, *(_row(row) for row in found.get("rows", ())), *found.get("failed", ()), flush=True)

@@ -117,7 +117,7 @@ def check(
         bound = max(floors[-1], FACTOR * eager_error)  # this order: eager's may be no number
         checks.append(OutputCheck(name, worst, eager_error, bound, original.baseline))
     if isinstance(original, TracedReference) and not all(check.passed for check in checks):
-        checks = _as_exported(checks, floors, original, [feeds for label, feeds in runs if label not in failed])
+        checks = _as_exported(checks, floors, least, original, [feeds for label, feeds in runs if label not in failed])
     notes = [original.note] * bool(original.note) + [f"the original cannot run at {label}" for label in failed]
     notes += [
         f"{name} is at most {size:.1g} on them, too little to tell: give inputs with --example"
@@ -130,13 +130,13 @@ def check(
 def _as_exported(
     checks: Sequence[OutputCheck],
     floors: Sequence[float],
+    least: Sequence[float],
     original: TracedReference,
     runs: Sequence[Mapping[str, Array]],
 ) -> list[OutputCheck]:
     """The checks with bounds that what anyone gets without tncompile would keep to: ONNX Runtime's own operators may be
     less exact than PyTorch's, as means of many numbers are."""
-    program = original.traced.program
-    names = [value.name for value in program.inputs]
+    names = [value.name for value in original.traced.program.inputs]
     worst = [0.0] * len(checks)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,7 @@ def _as_exported(
                 given = dict(zip(session.inputs, (feeds[name] for name in names), strict=True))
                 reference, _ = original.run(feeds)
                 pairs = zip(session.run(given).values(), reference, strict=True)
-                found = [relative_error(*pair, floor) for pair, floor in zip(pairs, scales(program), strict=True)]
+                found = [relative_error(*pair, lower) for pair, lower in zip(pairs, least, strict=True)]
                 worst = [float(np.maximum(*pair)) for pair in zip(worst, found, strict=True)]
             session.close()
     except Exception:  # whatever the exporter raises: then there is nothing to compare with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, command, files, planning, race, report, worker
+from benchmarks import cases, command, dense, files, planning, race, report, worker
 from benchmarks.models import CASES, Case, Loaded
 from benchmarks.networks import SHAPES
 from tncompile.errors import TNCompileError
@@ -176,6 +177,20 @@ def test_files_come_out_of_wheels(tmp_path: Path) -> None:
     assert shipped.file(tmp_path).read_bytes() == b"a model"
     with pytest.raises(TNCompileError, match=r"has no models/other\.onnx"):
         replace(shipped, path="models/other.onnx").file(tmp_path)
+
+
+def test_a_race_of_no_model_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        files.main(["--only", "no such package"])
+    assert end.value.code == 2 and "no such package" in capsys.readouterr().err
+
+
+def test_without_timm_its_networks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert dense.main(["--only", "resnet18", "--out", str(tmp_path)]) == 1
+    assert "pip install timm" in capsys.readouterr().err
 
 
 def test_table_of_files() -> None:

@@ -112,6 +112,7 @@ class DeviceProfile:
         return max(0.0, self._copied(elements) - seconds * elements / best) if elements > best else 0.0
 
     def _copied(self, elements: float) -> float:
+        """Seconds to copy elements in a network."""
         return max(self.copy(elements), self.copy(_OTHERS * elements) / _OTHERS)
 
     @cached_property

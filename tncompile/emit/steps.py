@@ -79,8 +79,7 @@ class Contractions:
         order: Group,
         windows: Sequence[Window],
     ) -> Laid:
-        later = {w.out: w.axis for w in windows if w.axis in left.order}
-        image = tuple(later.get(name, name) for axis in self.out_axes[2:] for name in axis)
+        image = tuple(name for axis in self._shown(left, windows)[2:] for name in axis)
         if batch or free:
             start = _position(order, (*batch, *free))
         elif image and order[-len(image) :] == image:  # one channel, wherever those were that it is a sum of
@@ -90,7 +89,7 @@ class Contractions:
         before = order[:start]
         after = order[start + len(batch) + len(free) :]
         batch = order[start : start + len(batch)]
-        # in place already, as scheduled, but for images whose channels lie last
+        # in place already, as scheduled, but for images whose channels lie elsewhere
         left = self.write.permute(left, (*before, *batch, *summed, *after), image=True)
         space = self._space(left, before, after, windows)
         if not batch and space and self.dtype != "float64":  # ONNX Runtime has no such Conv
@@ -136,8 +135,7 @@ class Contractions:
     def _space(self, left: Laid, before: Group, after: Group, windows: Sequence[Window]) -> Groups:
         """The axes behind the channels, where a contraction is a 1x1 convolution from (batch, channels, space..)
         to an output with the same space, or what a window makes of it later; none where it is not."""
-        later = {w.out: w.axis for w in windows if w.axis in left.order}
-        shown = tuple(tuple(later.get(n, n) for n in axis) for axis in self.out_axes)
+        shown = self._shown(left, windows)
         for count in (1, 2, 3):
             space = left.axes[len(left.axes) - count :]
             if tuple(n for axis in space for n in axis) == after and all(space):
@@ -149,6 +147,11 @@ class Contractions:
         image = len(axes) == 2 and all(axes) and tuple(n for axis in axes for n in axis) == after
         static = not any(map(self.write.symbolic, after)) and sum(map(self.write.symbolic, before)) <= 1
         return axes if image and static and (before or not shown[0]) and self.dtype == "float32" else ()
+
+    def _shown(self, left: Laid, windows: Sequence[Window]) -> Groups:
+        """The axes of the output, as they are before the windows over a side are taken."""
+        later = {w.out: w.axis for w in windows if w.axis in left.order}
+        return tuple(tuple(later.get(n, n) for n in axis) for axis in self.out_axes)
 
     def _matmul_last(
         self, left: Laid, core: Tensor, before: Group, batch: Group, summed: Group, free: Group, after: Group

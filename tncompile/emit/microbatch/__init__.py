@@ -36,7 +36,7 @@ CACHE = 28 << 20
 _TWICE = 2
 """Times what both branches have for themselves when they run: their weights, for the order that their kernels want."""
 
-_CHOICE_US, _LITTLE = 4.0, 0.03  # what the If takes, and of the work in the smallest batch what goes unnoticed
+_CHOICE_US, _LITTLE = 4.0, 0.03  # what the If takes at most, and of the work in the smallest batch what goes unnoticed
 _FEW = 8 << 20  # bytes around one node up to which a batch is computed whole
 _SLICE = 2 << 20  # bytes around one node in a slice
 _SHOWN = 0.2  # of the bytes around one node: what comes out of a region is large
