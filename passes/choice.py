@@ -12,6 +12,10 @@ from tncompile.passes.plans import DENSE, Candidate
 PLAN_PENALTY = 0.03
 """How much slower than the best a plan may be at some batch size before another plan is worth its bytes."""
 
+TOLD = 0.03
+"""What measured times must differ by to be told apart: two sessions of one model differ by as much. Of what is not told
+apart the best predicted serves."""
+
 MAX_SWITCHED = 6
 """Of more batch sizes than these, neighbours are planned together."""
 
@@ -46,7 +50,7 @@ def choose(candidates: Sequence[Candidate], batches: Sequence[int], branch: floa
         fits = [c for c in candidates if all(allowed(c, k, extra) for k in part)]
         return min(
             ((max((c.times[k] + extra) / max(fastest[k], 1e-12) for k in part), c) for c in fits),
-            key=lambda found: (found[0], sum(found[1].times)),
+            key=lambda found: (max(found[0], 1 + TOLD) if found[1].measured else found[0], sum(found[1].seconds)),
         )
 
     def worth(parts: Sequence[range]) -> tuple[float, list[Candidate]]:

@@ -101,7 +101,7 @@ class Tuner:
             for k in range(SESSIONS)
         }
         final = race(calls, rounds=60, budget_s=0.5 * budget)
-        longer = {n: statistics.fmean(final.median(f"{n}.{k}") for k in range(SESSIONS)) / 1e3 for n in best}
+        longer = {n: statistics.median(final.median(f"{n}.{k}") for k in range(SESSIONS)) / 1e3 for n in best}
         # of those out of the running a time is only known to be above those of the finalists
         worst = max(longer.values(), default=0.0)
         times = {name: max(seconds, worst) for name, seconds in times.items()} | longer

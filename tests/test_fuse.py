@@ -243,6 +243,31 @@ def test_sequences_are_computed_as_images_of_one_row(tmp_path: Path) -> None:
     assert_outputs(compiled, module, x, rtol=1e-4, atol=1e-5)
 
 
+class Octaves(torch.nn.Module):
+    """One bank of filters over a signal and over what is left of it at half the rate, again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank, self.halve = torch.nn.Conv1d(16, 64, 32, stride=8), torch.nn.Conv1d(16, 16, 9, stride=2, padding=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = []
+        for _ in range(4):
+            found.append(self.bank(x).softmax(1).mean(-1))
+            x = self.halve(x).softmax(1)
+        return torch.stack(found)
+
+
+def test_a_kernel_that_several_convolutions_share_is_stored_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Octaves()
+    compiled, _ = compile_and_optimize(module, (torch.randn(2, 16, 800),), tmp_path)
+    kernels = [n.input[1] for n in onnx.load_from_string(compiled.onnx).graph.node if n.op_type == "Conv"]
+    assert len(kernels) == 7 and len({*kernels}) == 2
+    assert len(compiled.onnx) < 1.2 * 4 * sum(p.numel() for p in module.parameters())
+    assert error(compiled, module, (torch.randn(3, 16, 800),)) < 1e-5
+
+
 def test_an_empty_batch_of_sequences_has_an_empty_result(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Softsign(), torch.nn.Conv1d(32, 16, 3), torch.nn.ReLU())
     compiled, _ = compile_and_optimize(module, (torch.randn(2, 32, 20),), tmp_path)

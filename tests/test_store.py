@@ -11,6 +11,8 @@ import onnx_ir
 import onnxruntime as ort
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tncompile
 from tests.helpers import assert_exact, assert_plain, evaluate_program, feeds_for, program_of, session_of
@@ -18,7 +20,7 @@ from tncompile import compiler
 from tncompile.emit.file import Written, write
 from tncompile.emit.onnxfile import OnnxFile, pack
 from tncompile.emit.program import to_onnx
-from tncompile.emit.store import affordable, foldable, store_as_cores
+from tncompile.emit.store import affordable, foldable, store_small
 from tncompile.errors import TNCompileError
 from tncompile.frontend.importer import TracedModel
 from tncompile.ir import Network, Program
@@ -134,7 +136,7 @@ def test_folds_stay_outside_of_branches(tmp_path: Path) -> None:
     out.name = "out"
 
     expected = session_of(pack(model).data)
-    store_as_cores(model, foldable(model))
+    store_small(model, foldable(model))
     data = pack(model).data
     after_load = optimized(data, tmp_path).graph
     assert [n.op_type for n in after_load.node] == ["Shape", "Less", "If"]
@@ -173,6 +175,82 @@ program
     assert not file.storage.cores and not file.storage.differs and file.folded is None
 
 
+def banked(bank: np.ndarray) -> onnx_ir.Model:
+    """``y = x · bank`` with the bank as an initializer."""
+    dtype = onnx_ir.DataType.from_numpy(bank.dtype)
+    x = onnx_ir.Value(name="x", type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(["batch", bank.shape[0]]))
+    weight = onnx_ir.Value(
+        name="bank",
+        type=onnx_ir.TensorType(dtype),
+        shape=onnx_ir.Shape(bank.shape),
+        const_value=onnx_ir.tensor(bank, name="bank"),
+    )
+    node = onnx_ir.node("MatMul", [x, weight], name="product")
+    y = node.outputs[0]
+    y.name, y.type, y.shape = "y", onnx_ir.TensorType(dtype), onnx_ir.Shape(["batch", bank.shape[1]])
+    graph = onnx_ir.Graph([x], [y], nodes=[node], initializers=[weight], opset_imports={"": 20}, name="main")
+    return onnx_ir.Model(graph, ir_version=10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(40, 90),
+    columns=st.integers(40, 90),
+    kept=st.floats(0.0, 0.6),
+    dtype=st.sampled_from(["float16", "float32", "float64"]),
+    seed=st.integers(0, 1000),
+)
+def test_a_table_of_zeros_is_stored_as_the_other_numbers(
+    rows: int, columns: int, kept: float, dtype: str, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    bank = generator.standard_normal((rows, columns)) * (generator.random((rows, columns)) < kept)
+    bank = np.asarray(bank, dtype)
+    model = banked(bank)
+    found = foldable(model)
+    each, count = bank.itemsize + 4, np.count_nonzero(bank)
+    if bank.nbytes - each * count <= 4096:
+        assert not found
+    elif each * count <= 0.4 * bank.nbytes:
+        assert [weight.saved for weight in found] == [bank.nbytes - each * count]
+    store_small(model, found)
+    data = pack(model).data
+    assert len(data) < each * count + 2000 or not found
+    x = np.eye(rows, dtype=dtype)  # each product is one number and zeros: exact
+    np.testing.assert_array_equal(session_of(data).run(None, {"x": x})[0], bank)
+
+
+def test_a_table_of_zeros_is_a_plain_weight_once_loaded(tmp_path: Path) -> None:
+    model = banked(np.eye(300, dtype=np.float32))
+    store_small(model, foldable(model))
+    after = optimized(pack(model).data, tmp_path).graph
+    assert [n.op_type for n in after.node] == ["MatMul"] and [tuple(i.dims) for i in after.initializer] == [(300, 300)]
+
+
+class Filtered(torch.nn.Module):
+    """A spectrum through a bank of overlapping triangles, as mel scales are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bins, bands = torch.arange(513.0)[:, None], torch.linspace(10, 500, 80)
+        self.bank = torch.nn.Buffer((1 - (bins - bands).abs() / 9).clamp(min=0))
+        self.layer = torch.nn.Linear(80, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.log(x.square() @ self.bank + 1e-3))
+
+
+def test_a_bank_of_filters_is_stored_without_its_zeros() -> None:
+    module, x = Filtered().eval(), torch.randn(4, 513)
+    compiled = tncompile.compile(module, (x,), batch=16)
+    storage = compiled.report.storage
+    assert storage is not None and len(storage.sparse) == 1 and storage.folded_bytes > 160_000
+    assert len(compiled.onnx) == storage.cores_bytes < 40_000
+    torch.testing.assert_close(torch.from_numpy(compiled.run(x)), module(x), rtol=1e-5, atol=1e-5)
+    whole = tncompile.compile(module, (x,), batch=16, store="folded")
+    assert len(whole.onnx) == storage.folded_bytes
+
+
 def test_another_store_is_refused() -> None:
     program = folded_program()
     with pytest.raises(TNCompileError, match="store is auto, cores, folded; not 'small'"):
@@ -197,7 +275,7 @@ def test_a_compile_reports_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
     assert storage is not None and storage.cores == ("a*b",)
     assert compiled.report.networks[0].stored == 2 * 16 * 32 * 24
     assert len(compiled.onnx) == storage.cores_bytes < storage.folded_bytes / 8
-    assert "layers folded 1.05 MB, as cores 0.10 MB" in " ".join(str(compiled.report).split())
+    assert "written out 1.05 MB, as parts 0.10 MB" in " ".join(str(compiled.report).split())
     assert compiled.report.to_dict()["storage"]["folded_bytes"] == storage.folded_bytes
 
     def inexact(*args: object) -> Written:  # as if folding at load were worse than the check allows

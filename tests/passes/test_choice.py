@@ -16,7 +16,7 @@ from tncompile.cost.datasheet import from_datasheet
 from tncompile.cost.profile import DeviceProfile
 from tncompile.ir import Network, Program, Switch, text
 from tncompile.passes import Change, Context, Order
-from tncompile.passes.choice import MAX_SWITCHED, PLAN_PENALTY, BatchPlans, choose, crossing
+from tncompile.passes.choice import MAX_SWITCHED, PLAN_PENALTY, TOLD, BatchPlans, choose, crossing
 from tncompile.passes.plans import DENSE, Candidate, cost_of
 
 NEVER = math.inf
@@ -120,6 +120,15 @@ def test_measured_times_count_and_not_predictions() -> None:
     dense = replace(way(DENSE, 1.0, 1.0), measured=(1.0, 1.0))
     other = replace(way("other", 9.0, 9.0), measured=(0.5, 0.5))
     assert choose([dense, other], (1, 64), 5e-6, 0.0).plans == (other,)
+
+
+def test_what_measurements_do_not_tell_apart_predictions_do() -> None:
+    dense = replace(way(DENSE, 5.0), measured=(4.0,))
+    best = replace(way("best", 1.0), measured=(1.01 + 0.9 * (TOLD - 0.01),))
+    worse = replace(way("worse", 1.5), measured=(1.0,))
+    assert choose([dense, best, worse], (1,), 0.0, 0.0).plans == (best,)
+    told = replace(best, measured=(1.01 + TOLD,))
+    assert choose([dense, told, worse], (1,), 0.0, 0.0).plans == (worse,)
 
 
 @pytest.mark.parametrize("count", [MAX_SWITCHED, MAX_SWITCHED + 1, 12, 40])

@@ -13,8 +13,9 @@ import onnx_ir
 from tncompile.emit.interface import finish, name_interface
 from tncompile.emit.microbatch import MicroBatches
 from tncompile.emit.onnxfile import OnnxFile, pack, packed_size
+from tncompile.emit.parts import Sparse
 from tncompile.emit.program import lowered, named
-from tncompile.emit.store import LOAD_LIMIT, affordable, foldable, store_as_cores
+from tncompile.emit.store import LOAD_LIMIT, affordable, foldable, store_small
 from tncompile.errors import TNCompileError
 from tncompile.frontend.model import ImportedModel
 from tncompile.frontend.onnx.importer import OnnxModel
@@ -28,16 +29,18 @@ Store = Literal["auto", "cores", "folded"]
 
 @dataclass(frozen=True)
 class Storage:
-    """How a file holds layers that were folded: sizes in bytes with all of them written out and with all as cores.
+    """How a file holds weights that could be stored as less: sizes in bytes with all of them written out and with none.
 
-    `cores` are the folded cores that this file holds as their parts, and `seconds` the predicted time that ONNX
-    Runtime needs to fold them at load; `all_seconds` the same for every core that could be stored so.
+    `cores` are the folded cores that this file holds as their parts, `sparse` the weights that it holds without their
+    zeros, and `seconds` the predicted time that ONNX Runtime needs to make them at load; `all_seconds` the same for
+    every weight that could be stored so.
     """
 
     asked: Store
     folded_bytes: int
     cores_bytes: int
     cores: tuple[str, ...]
+    sparse: tuple[str, ...]
     seconds: float
     all_seconds: float
     why: str
@@ -69,7 +72,7 @@ class Written:
         """The file with all layers written out; ValueError where it is that already."""
         if self.folded is None:
             raise ValueError("all layers are written out")
-        storage = replace(self.storage, cores=(), seconds=0.0, why=why)
+        storage = replace(self.storage, cores=(), sparse=(), seconds=0.0, why=why)
         return replace(self, file=self.folded, storage=storage, folded=None)
 
 
@@ -82,10 +85,10 @@ def write(
 ) -> Written:
     """The ONNX file of a scheduled program.
 
-    `store`: ``"folded"`` writes folded layers out, ``"cores"`` keeps what they were made of wherever that is smaller,
-    ``"auto"`` does so as far as it adds no more than `LOAD_LIMIT` seconds to the load. `external_data`: weights go to
-    a file of their own even where one file could hold them. `micro_batch` may have large batches
-    computed in parts. VerificationError for a file that is not valid ONNX,
+    `store`: ``"folded"`` writes all weights out, ``"cores"`` keeps what folded layers were made of wherever that is
+    smaller, and tables that are nearly all zeros without those, ``"auto"`` does so as far as it adds no more than
+    `LOAD_LIMIT` seconds to the load. `external_data`: weights go to a file of their own even where one file could hold
+    them. `micro_batch` may have large batches computed in parts. VerificationError for a file that is not valid ONNX,
     TNCompileError for another `store`.
     """
     if store not in get_args(Store):
@@ -101,17 +104,18 @@ def write(
     found = foldable(model)
     chosen = {"folded": [], "cores": found, "auto": affordable(found)}[store]
     if chosen:
-        store_as_cores(model, chosen)
+        store_small(model, chosen)
         file = pack(model, external_data, strict)
     rest = [c for c in found if c not in chosen]
     if rest:
-        store_as_cores(model, rest)
+        store_small(model, rest)
     smallest = packed_size(model, external_data) if rest else file.size
     storage = Storage(
         store,
         folded.size,
         smallest,
-        tuple(c.core.name for c in chosen),
+        tuple(c.name for c in chosen if not isinstance(c, Sparse)),
+        tuple(c.name for c in chosen if isinstance(c, Sparse)),
         math.fsum(c.seconds for c in chosen),
         math.fsum(c.seconds for c in found),
         _why(store, len(found), len(chosen)),
@@ -128,7 +132,7 @@ def adopt(exported: bytes, traced: ImportedModel) -> Written:
         name_interface(model, traced.program, traced)
     file = pack(finish(model, traced.program, traced), strict=not original)
     why = "it is the original file" if original else "torch's exporter wrote the file"
-    return Written(file, Storage("folded", file.size, file.size, (), 0.0, 0.0, why))
+    return Written(file, Storage("folded", file.size, file.size, (), (), 0.0, 0.0, why))
 
 
 def _in_every_range(program: Program, parts: MicroBatches | None) -> tuple[int, ...]:
@@ -140,7 +144,7 @@ def _in_every_range(program: Program, parts: MicroBatches | None) -> tuple[int, 
 
 def _why(store: Store, found: int, chosen: int) -> str:
     if not found:
-        return "no folded layer is larger than its cores"
+        return "no weight could be stored as less"
     if store != "auto":
         return "as asked"
     if chosen == found:

@@ -146,12 +146,12 @@ class Report:
         return parts
 
     def _file(self) -> str:
-        """The file's size, and what it would be with folded layers stored the other way."""
+        """The file's size, and what it would be with weights stored the other way."""
         text = f"a file of {self.size / 1e6:.2f} MB"
         if self.storage is None or not self.storage.differs:
             return text
-        folded, cores = (b / 1e6 for b in (self.storage.folded_bytes, self.storage.cores_bytes))
-        return f"{text} (layers folded {folded:.2f} MB, as cores {cores:.2f} MB; {self.storage.why})"
+        folded, parts = (b / 1e6 for b in (self.storage.folded_bytes, self.storage.cores_bytes))
+        return f"{text} (written out {folded:.2f} MB, as parts {parts:.2f} MB; {self.storage.why})"
 
     def _table(self) -> RenderableType:
         from rich import box

@@ -84,6 +84,7 @@ class Editor:
         self.taken = {*graph.initializers, *(v.name for v in graph.inputs)}
         for node in graph.all_nodes():
             self.taken |= {node.name, *(v.name for v in node.outputs)}
+        self._rearranged: dict[tuple[onnx_ir.Value, tuple[int | None, ...]], onnx_ir.Value] = {}
 
     def name(self, base: str) -> str:
         """`base`, with a number behind it where it is taken."""
@@ -104,8 +105,14 @@ class Editor:
         return value
 
     def rearranged(self, value: onnx_ir.Value, base: str, order: Sequence[int | None]) -> onnx_ir.Value:
-        """A constant with its axes in another order, None being a new one of size 1. It is made when it is written, and
-        is known to be what `value` was contracted from."""
+        """A constant with its axes in another order, None being a new one of size 1: one for all who ask for the same.
+        It is made when it is written, and is known to be what `value` was contracted from."""
+        key = value, tuple(order)
+        if key not in self._rearranged:
+            self._rearranged[key] = self._rearrange(value, base, order)
+        return self._rearranged[key]
+
+    def _rearrange(self, value: onnx_ir.Value, base: str, order: Sequence[int | None]) -> onnx_ir.Value:
         tensor, shape = value.const_value, constant_shape(value)
         assert tensor is not None and shape is not None
         kept = [axis for axis in order if axis is not None]

@@ -51,12 +51,13 @@ class Turn(ABC):
 
     def apply(self, graph: onnx_ir.Graph) -> int:
         """Turn every region that has a Conv; how many there were."""
+        editor = Editor(graph)
         count, seen = 0, set[onnx_ir.Node]()
         for node in list(graph):
             if node not in seen and match.is_op(node, "Conv") and self._is_member(node):
                 region = self._region(node)
                 seen |= region
-                self._turn([n for n in graph if n in region], graph)
+                self._turn([n for n in graph if n in region], editor)
                 count += 1
         return count
 
@@ -89,8 +90,8 @@ class Turn(ABC):
                     todo.append(other)
         return found
 
-    def _turn(self, region: list[onnx_ir.Node], graph: onnx_ir.Graph) -> None:
-        editor, inside = Editor(graph), {*region}
+    def _turn(self, region: list[onnx_ir.Node], editor: Editor) -> None:
+        inside = {*region}
         turned: dict[onnx_ir.Value, onnx_ir.Value] = {}
         for node in region:
             for position, value in enumerate(node.inputs):
