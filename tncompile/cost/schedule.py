@@ -53,6 +53,9 @@ IMAGE = 4
 _PRODUCT = 3e-8
 """Seconds to begin one of several products whose left sides are turned as they are read."""
 
+_STRIDE = 2048
+"""Bytes from one row of a left side to the next up to which they lie well in the caches."""
+
 _PANEL = 256
 """Columns of a product for which ONNX Runtime reads its left side once."""
 
@@ -317,13 +320,13 @@ class Scheduler:
         m = self.size(c.left) // outer
         batch, k, n = outer * self.size(c.batch), self.size(c.summed), self.size(c.right)
         end = max((base.index(i) + 1 for i in c.batch), default=0)
-        moved = self.permute(x, (*base, *c.summed))
+        moved = 0.0 if self._strided(x, c) else self.permute(x, (*base, *c.summed))
         seconds = self.profile.matmul_time(batch, m, k, n, self.itemsize, core and batch == 1)
         if not core:
             seconds += self.permute(y, (*c.batch, *c.summed, *c.right))
         forms = {"matmul": seconds + moved}
         front = self._front(x, (*base, *c.summed), c.summed, end)
-        if front is not None and (not c.batch or base[: len(c.batch)] == c.batch):
+        if front is not None and (not c.batch or front == c.batch):
             node, panels = self.profile.node, -(-n // _PANEL)  # turned again for each panel
             if c.batch:
                 copied = self.profile.copy_time(2 * panels * self.size(x), self.itemsize)
@@ -334,6 +337,13 @@ class Scheduler:
                 forms = {"matmul": apart, "fused": fused} if self._merge(front, base) else {"fused": fused}
         for free in self._free(c.right) if core else [c.right]:
             yield from ((seconds, form, (*base, *free)) for form, seconds in forms.items())
+
+    def _strided(self, x: Layout, c: Classes) -> bool:
+        """Whether the rows of each batch are read from between those of the others, at no cost: ONNX Runtime does so
+        where each of the three groups is one axis."""
+        one_each = all(sum(i in self._dynamic for i in group) <= 1 for group in (c.left, c.batch))
+        stride = self.size((*c.batch, *c.summed)) * self.itemsize
+        return bool(c.summed) and x == (*c.left, *c.batch, *c.summed) and one_each and stride <= _STRIDE
 
     def _merge(self, front: Layout, rows: Layout) -> bool:
         """Whether rows with some modes in front become fewer axes: the Reshape keeps a Transpose and a matmul apart."""
@@ -360,6 +370,8 @@ class Scheduler:
         summed = tuple(i for i in x if i in c.summed)
         wanted = (*before, *summed, *space)
         if c.batch or not summed or not space or {*wanted} != {*x} or wanted == x:
+            return
+        if not c.right and together(x, summed):  # to one channel: the sum is taken where they lie
             return
         if not self._has_images(before) or self.itemsize == 8:
             return

@@ -82,10 +82,11 @@ class Contractions:
         image = tuple(name for axis in self._shown(left, windows)[2:] for name in axis)
         if batch or free:
             start = _position(order, (*batch, *free))
-        elif image and order[-len(image) :] == image:  # one channel, wherever those were that it is a sum of
-            start = len(order) - len(image)
         else:
             start = _position(left.order, summed)
+            in_place = {*left.order[start : start + len(summed)]} == {*summed}
+            if not in_place and image and order[-len(image) :] == image:  # an image of one channel
+                start = len(order) - len(image)
         before = order[:start]
         after = order[start + len(batch) + len(free) :]
         batch = order[start : start + len(batch)]
