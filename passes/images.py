@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tncompile.cost.schedule import IMAGE
+from tncompile.cost.forms import IMAGE
 from tncompile.ir import Network, Opaque, Program, networks_of
 from tncompile.passes.pointwise import ONNX_POINTWISE, POINTWISE
 

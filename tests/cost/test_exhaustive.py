@@ -69,7 +69,7 @@ def all_trees(scheduler: Scheduler) -> list[Tree]:
 
     def size(group: tuple[int, ...]) -> int:
         others = names(tuple(p for p in range(len(term.tensors)) if p not in group))
-        return scheduler.size(names(group) & (others | {*scheduler.output}))
+        return scheduler.forms.size(names(group) & (others | {*scheduler.output}))
 
     def connected(group: tuple[int, ...]) -> bool:
         reached = {group[0]}

@@ -74,7 +74,7 @@ class _Search:
                     (0.0, self.scheduler.layout(position), position, self.scheduler.comes_in_blocks(position))
                 ]
             elif not mask & self.operands:
-                joins = self._connected(mask) or self.scheduler.size(self._kept(mask)) <= SMALL
+                joins = self._connected(mask) or self.scheduler.forms.size(self._kept(mask)) <= SMALL
                 tree = self.merged(tuple(self._positions(mask))) if joins else None
                 self.ways[mask] = [] if tree is None else [(0.0, self._kept(mask), tree, False)]
             else:
@@ -92,14 +92,14 @@ class _Search:
         for a, b in self._splits(mask):
             for x, y, core in self._pairs(a, b):
                 both = x[3] and y[3] and x[1] == y[1]
-                for seconds, form, layout in self.scheduler.forms(x[1], y[1], core, kept, x[3], both):
+                for seconds, form, layout in self.scheduler.forms.of(x[1], y[1], core, kept, x[3], both):
                     total = x[0] + y[0] + seconds
                     if whole:
                         total += self.scheduler.finish(x[1], form, layout)
                     if total > self.within:
                         continue
                     here = found.setdefault(layout, [])
-                    here.append((total, layout, (x[2], y[2]), self.scheduler.leaves_blocks(form, layout, both)))
+                    here.append((total, layout, (x[2], y[2]), self.scheduler.forms.leaves_blocks(form, layout, both)))
         limit = self.keep if whole else 2
         ways = [way for here in found.values() for way in _cheapest(here, limit)]
         return ways if whole else heapq.nsmallest(2 * KEPT_LAYOUTS, ways, key=lambda way: way[0])
