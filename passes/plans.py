@@ -63,7 +63,8 @@ def candidates(network: Network, term: Term, context: Context, limits: Limits) -
     searches = [tree_search(network, term, context, batch) for batch in context.batches]
     plain: dict[Tree, str] = {_unmerged(term): UNMERGED, term.order: TRACED}
     dense = searches[0].dense()
-    if dense is not None:
+    cores = sum(t.is_core for t in term.tensors)
+    if dense is not None and (cores > 1 or cores == len(term.tensors) - 1):  # else nothing is folded
         plain[dense] = DENSE
     trees = dict(plain)
     if len(term.tensors) > 2:

@@ -9,6 +9,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import tncompile
 from tests.helpers import assert_close
 from tncompile.errors import TNCompileError, UnsupportedError
 from tncompile.frontend import multilinear
@@ -547,3 +549,25 @@ def test_errors_of_the_package_have_one_base() -> None:
     classes = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Error")]
     assert len(classes) > 5
     assert all(issubclass(getattr(errors, name), TNCompileError) for name in classes)
+
+
+class EachRow(torch.nn.Module):
+    """A layer for one row, and `torch.vmap` for the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Parameter(torch.randn(6, 5)), torch.nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(lambda row: torch.tanh(row @ self.first) @ self.second)(x)
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_file_of_a_model_with_vmap(by_torch: bool, tmp_path: Path) -> None:
+    module, x, path = EachRow().eval(), torch.randn(3, 6), tmp_path / "model.pt2"
+    if by_torch:
+        torch.export.save(torch.export.export(module, (x,)), path)
+    else:
+        tncompile.save(module, (x,), path)
+    compiled = tncompile.compile_file(path)
+    torch.testing.assert_close(torch.from_numpy(compiled.run(x)), module(x).detach(), rtol=1e-5, atol=1e-6)

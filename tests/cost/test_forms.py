@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tncompile.cost.devices import default_profile
+from tncompile.cost.layouts import halfway
 from tncompile.cost.profile import DeviceProfile
 from tncompile.cost.schedule import Scheduler
 from tncompile.emit.program import network_model
@@ -107,3 +108,48 @@ def as_it_runs(model: onnx_ir.Model, path: Path) -> list[str]:
     data = onnx_ir.to_proto(model).SerializeToString()
     ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    order=st.permutations("abcde"),
+    sizes=st.lists(st.sampled_from([1, 2, 4, 16]), min_size=5, max_size=5),
+    itemsize=st.sampled_from([2, 4, 8]),
+)
+def test_halfway_only_neighbours_have_changed_places(order: list[str], sizes: list[int], itemsize: int) -> None:
+    layout, wanted = tuple("abcde"), tuple(order)
+    middle = halfway(layout, wanted, dict(zip(layout, sizes, strict=True)), itemsize)
+    if middle is not None:
+        assert not exchanged(layout, wanted)
+        assert exchanged(layout, middle) and exchanged(middle, wanted)
+
+
+def exchanged(layout: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    """Whether two neighbouring groups have changed places, and nothing else."""
+    cuts = combinations(range(len(layout) + 1), 3)
+    return any((*layout[:i], *layout[j:k], *layout[i:j], *layout[k:]) == wanted for i, j, k in cuts)
+
+
+@pytest.mark.parametrize(
+    ("axes", "wanted", "transposes"),
+    [
+        ((16, 12, 16), (2, 1, 0), 2),
+        ((16, 12, 16, 2), (2, 1, 0, 3), 2),
+        ((16, 12, 16, 4), (2, 1, 0, 3), 1),  # wide blocks
+        ((4, 3, 4), (2, 1, 0), 1),  # few numbers
+        ((16, 12, 16), (2, 0, 1), 1),  # one axis moves
+    ],
+)
+def test_a_permute_in_two_steps_stays_two(
+    axes: tuple[int, ...], wanted: tuple[int, ...], transposes: int, tmp_path: Path
+) -> None:
+    """ONNX Runtime does not make one of them again, and the numbers are in their places."""
+    modes = [Index(f"i{k}", size) for k, size in enumerate(axes)]
+    x = Tensor("x", tuple((mode,) for mode in modes))
+    y = Tensor("y", tuple((modes[k],) for k in wanted))
+    network = Network("layer", (Term((x,), 0, steps=()),), y, "float32")
+    model = network_model(network, shown=False)
+    assert as_it_runs(model, tmp_path / "optimized.onnx").count("Transpose") == transposes
+    given = np.arange(np.prod(axes), dtype=np.float32).reshape(axes)
+    session = ort.InferenceSession(onnx_ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": given})[0], given.transpose(wanted))

@@ -259,3 +259,23 @@ def test_the_pass_schedules_what_the_others_leave() -> None:
     merged, _ = apply_pass(MergeCores(), folded, tolerance=1e-5)
     behind, _ = apply_pass(Order(), merged, tolerance=1e-5, context=context)
     assert all(t.steps is not None for p in (alone, behind) for t in p.networks[0].terms)
+
+
+def test_one_core_that_several_operands_meet_is_no_dense_layer() -> None:
+    """Nothing is folded: no way of it has dense's precedence over the others."""
+    program = program_of("""\
+program
+  input x: float32[batch, 8]
+  input y: float32[batch, 4]
+  network z: float32[batch, 6]
+    indices b=batch, i=8, j=4, o=6
+    term
+      0 operand x[b, i]
+      1 operand y[b, j]
+      2 core c[i, j, o]
+    -> z[b, o]
+  output out = z
+""")
+    (network,) = program.networks
+    ways = plans_module.candidates(network, network.terms[0], Context(batches=(1, 64)), plans_module.Limits(4, 4))
+    assert len(ways) > 1 and plans_module.DENSE not in {way.label for way in ways}

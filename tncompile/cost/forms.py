@@ -20,9 +20,21 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tncompile.cost.kernels import gains_as_image, takes_images
-from tncompile.cost.layouts import MAX_SPACE, Classes, Layout, classify, convolution, orders, swapped, together
+from tncompile.cost.layouts import (
+    AT_LEAST,
+    MAX_SPACE,
+    Classes,
+    Layout,
+    classify,
+    convolution,
+    halfway,
+    orders,
+    swapped,
+    together,
+)
 from tncompile.cost.profile import DeviceProfile
 from tncompile.ir.core import Window
 
@@ -60,6 +72,10 @@ class Forms:
     def in_blocks(self) -> bool:
         """Whether results of this kind may lie in blocks of channels."""
         return len(self.axes) == IMAGE and self.itemsize == 4
+
+    @cached_property
+    def _least(self) -> Mapping[str, int]:
+        return {name: AT_LEAST if name in self.dynamic else size for name, size in self.sizes.items()}
 
     @property
     def _output(self) -> Layout:
@@ -306,6 +322,9 @@ class Forms:
         while tail < len(layout) and layout[-1 - tail] == wanted[-1 - tail]:
             tail += 1
         swap = swapped(layout[: len(layout) - tail], wanted[: len(wanted) - tail])
+        middle = None if swap else halfway(layout, wanted, self._least, self.itemsize)
+        if middle is not None:
+            return self.profile.node + self.permute(layout, middle) + self.permute(middle, wanted)
         sizes = (self.size(swap[0]), self.size(swap[1])) if swap else None
         block = self.size(layout[len(layout) - tail :])
         return self.profile.permute_time(self.size(layout), block, self.itemsize, swap is not None, sizes)

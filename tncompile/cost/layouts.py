@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tncompile.ir import Term, Window
 
@@ -90,6 +92,62 @@ def swapped(layout: Layout, wanted: Layout) -> tuple[Layout, Layout] | None:
     a, b = layout[head:], wanted[head:]
     cut = a.index(b[0])
     return (a[:cut], a[cut:]) if a[cut:] + a[:cut] == b else None
+
+
+AT_LEAST = 4
+"""What a size that is known at run time only counts for here."""
+_LITTLE = 512  # elements, below which a node more takes longer
+_WIDE = 16  # elements that are copied as one at no loss
+_BLOCK = 8  # bytes up to which ONNX Runtime has a kernel that moves one axis; wider ones are copied block by block
+_MOST = 5  # groups: of more it is not looked for
+
+
+def halfway(layout: Layout, wanted: Layout, sizes: Mapping[str, int], itemsize: int) -> Layout | None:
+    """An order between two, from which and to which only two neighbouring groups change places: two Transposes, each of
+    one axis, take a fifth of one of several axes. None where one does it, or where little or wide blocks move.
+
+    ``a b c -> a c b -> c b a``. ONNX Runtime makes one Transpose of two with a Reshape between that only splits axes:
+    the second takes as one axis what the first made two of.
+    """
+    runs: list[Layout] = []
+    for name in layout:
+        if runs and wanted.index(name) == wanted.index(runs[-1][-1]) + 1:
+            runs[-1] = (*runs[-1], name)
+        else:
+            runs.append((name,))
+    elements = [math.prod(sizes[name] for name in run) for run in runs]
+    places = tuple(sorted(range(len(runs)), key=lambda k: wanted.index(runs[k][0])))
+    stays = places[-1] == len(runs) - 1
+    if len(runs) > _MOST or math.prod(elements) < _LITTLE or (stays and elements[-1] * itemsize > _BLOCK):
+        return None
+    for middle, behind in _halves(places):
+        if all(not tail - {len(runs) - 1} or math.prod(elements[k] for k in tail) >= _WIDE for tail in behind):
+            return tuple(name for k in middle for name in runs[k])
+    return None
+
+
+Order = tuple[int, ...]
+
+
+@lru_cache
+def _halves(wanted: Order) -> tuple[tuple[Order, tuple[frozenset[int], ...]], ...]:
+    """The orders between ascending numbers and the `wanted` one, and what stays behind in either half; first those
+    with the least behind. None where one exchange does it, or where the second would only split axes of the first."""
+    start, ends = tuple(range(len(wanted))), {0, len(wanted)}
+    found = []
+    for first, _, made in _exchanges(start):
+        if first == wanted:
+            return ()
+        for second, read, _ in _exchanges(first):
+            if second == wanted and {*made} - {*read} - ends:  # something becomes one axis
+                found.append((first, (frozenset(first[made[2] :]), frozenset(first[read[2] :]))))
+    return tuple(sorted(found, key=lambda half: sum(map(len, half[1]))))
+
+
+def _exchanges(order: Order) -> Iterable[tuple[Order, Order, Order]]:
+    """An order with two neighbouring groups exchanged, where its axes are cut for that, and those of the result."""
+    for i, j, k in itertools.combinations(range(len(order) + 1), 3):
+        yield (*order[:i], *order[j:k], *order[i:j], *order[k:]), (i, j, k), (i, i + k - j, k)
 
 
 def together(layout: Layout, group: Layout) -> bool:

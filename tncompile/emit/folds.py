@@ -50,7 +50,7 @@ def fold_nodes(
             made, values[place] = _contraction(array, [parts[p] for p in array.places], dtype, weights)
         else:
             form, half = found
-            write = GraphWriter("fold", {name: i.size for name, i in term.indices.items()}, weights, (), {})
+            write = GraphWriter("fold", {name: i.size for name, i in term.indices.items()}, dtype, weights, (), {})
             product = Laid(write.op(form.op, [values[half], values[half + 1]]), _names(form.output))
             made, values[place] = write.nodes, write.regroup(product, _names(array.axes)).value
         nodes += made

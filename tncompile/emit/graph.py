@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as onnx
 
+from tncompile.cost.layouts import AT_LEAST, halfway
 from tncompile.errors import UnsupportedError
 from tncompile.ir import Array, Dim, Tensor, dims
 
@@ -131,10 +132,17 @@ class GraphWriter:
     """Collects the ONNX nodes of one network. `sizes` gives the size of every index name."""
 
     def __init__(
-        self, prefix: str, sizes: Mapping[str, Dim], weights: Weights, operands: Sequence[Laid], symbols: Symbols
+        self,
+        prefix: str,
+        sizes: Mapping[str, Dim],
+        dtype: str,
+        weights: Weights,
+        operands: Sequence[Laid],
+        symbols: Symbols,
     ) -> None:
         self.prefix = prefix
         self.sizes = sizes
+        self.itemsize = np.dtype(dtype).itemsize
         self.weights = weights
         self.operands = operands
         self.symbols = symbols
@@ -227,9 +235,9 @@ class GraphWriter:
         raise UnsupportedError(f"the size {ast.unparse(node)} cannot be read off the model's inputs")
 
     def permute(self, laid: Laid, order: Group, image: bool = False) -> Laid:
-        """Transpose to another order of indices, with neighbours that stay together as one axis. Not so where the
-        channels move of an image that a convolution has made or is to read: ONNX Runtime moves them as it puts channels
-        in blocks, or back."""
+        """Transpose to another order of indices, with neighbours that stay together as one axis, or in two steps where
+        those are faster. Not so where the channels move of an image that a convolution has made or is to read: ONNX
+        Runtime moves them as it puts channels in blocks, or back."""
         if laid.order == order:
             return laid
         made = laid.value.producer()
@@ -237,14 +245,20 @@ class GraphWriter:
             axes = tuple(laid.axes[k] for k in move) if len(laid.axes) == len(move) else ()
             if axes and tuple(name for axis in axes for name in axis) == order:
                 return Laid(self.op("Transpose", [laid.value], perm=move), axes)
+        sizes = {name: AT_LEAST if self.symbolic(name) else int(self.sizes[name]) for name in laid.order}
+        middle = halfway(laid.order, order, sizes, self.itemsize)
+        if middle is not None:
+            laid = self.permute(laid, middle)
         runs: list[Group] = []
         for name in laid.order:
             if runs and self._joins(runs[-1], name, order):
                 runs[-1] = (*runs[-1], name)
             else:
                 runs.append((name,))
+        if middle is not None:
+            runs.append(())  # an axis of size 1, or ONNX Runtime makes one Transpose of both and a Reshape behind
         laid = self.regroup(laid, tuple(runs))
-        wanted = sorted(runs, key=lambda run: order.index(run[0]))
+        wanted = sorted(runs, key=lambda run: order.index(run[0]) if run else len(order))
         perm = [runs.index(run) for run in wanted]
         return Laid(self.op("Transpose", [laid.value], perm=perm), tuple(wanted))
 

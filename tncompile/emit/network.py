@@ -36,7 +36,7 @@ class _Lowering:
         for tensor in network.operands:  # repeated indices have names of their own until their diagonal is taken
             sizes |= {i.name + "'" * k: i.size for i in tensor.indices for k in range(len(tensor.indices))}
         laid = [self._distinct(laid_out(t, operands[t.name])) for t in network.operands]
-        self.write = GraphWriter(network.label, sizes, weights, laid, symbols)
+        self.write = GraphWriter(network.label, sizes, network.dtype, weights, laid, symbols)
         self.contractions = Contractions(self.write, network.dtype, self.out_axes)
         self.values = operands
 

@@ -112,9 +112,10 @@ _PARTS = re.compile(
     rf"|{re.escape(_SIZES)}|data/weights/(weight_\d+|model_weights_config\.json)"
     r"|data/constants/(tensor_\d+|model_constants_config\.json)"
 )
-# what a node of the graph may call: operators, arithmetic of sizes, and no reading of files
+# what a node of the graph may call: operators, arithmetic of sizes, what torch.vmap is traced as, no reading of files
 _TARGETS = re.compile(
     r"torch\.ops\.(aten|prims|prim|higher_order)\.(?!from_file)\w+(\.\w+)?"
+    r"|torch\._functorch\.predispatch\.(lazy_load_decompositions|_vmap_(in|de)crement_nesting|_(add|remove)_batch_dim)"
     r"|(_operator|operator|math|builtins)\.\w+|torch\.(_?sym_\w+|_check\w*)|\w+"
 )
 
