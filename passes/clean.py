@@ -27,7 +27,8 @@ class Clean(Pass):
 
     1. A network of one operand and no cores whose output has the same axes is an identity: its readers read
        the operand. (Not where it is an output of the program: the name is kept.)
-    2. Indices of size 1 are dropped; a core that is 1 everywhere is dropped where another tensor has its indices.
+    2. Indices of size 1 are dropped; a core that is 1 everywhere is dropped where another tensor has its indices, an
+       identity matrix where all it does is to give an index that is summed another name.
     3. Nodes whose value nothing reads are dead; of two nodes that compute the same from the same, one stays.
     """
 
@@ -97,7 +98,7 @@ def _simplify(network: Network, changes: list[Change]) -> Network:
     if ones:
         network = substitute(network, ones)
         changes.append(Change(network.output.name, f"dropped {', '.join(ones)}", "indices of size 1"))
-    terms = tuple(_drop_neutral(network, term, changes) for term in network.terms)
+    terms = tuple(_drop_identities(network, _drop_neutral(network, t, changes), changes) for t in network.terms)
     return network if terms == network.terms else replace(network, terms=terms)
 
 
@@ -112,6 +113,33 @@ def _drop_neutral(network: Network, term: Term, changes: list[Change]) -> Term:
             term = drop_tensors(term, {position})
             changes.append(Change(network.output.name, f"dropped {core.name}", "it is 1 everywhere"))
     return term
+
+
+def _drop_identities(network: Network, term: Term, changes: list[Change]) -> Term:
+    """``x[b, i] I[i, j] W[j, o]`` -> ``x[b, i] W[i, o]``."""
+    kept = {i.name for i in network.output.indices}.union(*(w.names for w in term.windows))
+    for position in reversed(range(len(term.tensors))):
+        core = term.tensors[position]
+        if not _is_identity(core):
+            continue
+        held = [{i.name for i in t.indices} for p, t in enumerate(term.tensors) if p != position]
+        for old, new in (core.indices, core.indices[::-1]):
+            read = any(old.name in names for names in held)
+            together = any({old.name, new.name} <= names for names in held)
+            if read and not together and old.name not in kept and new.name not in term.slid:
+                term = drop_tensors(term, {position})
+                term = substitute(replace(network, terms=(term,)), {old.name: (new,)}).terms[0]
+                changes.append(Change(network.output.name, f"dropped {core.name}", "it is the identity"))
+                break
+    return term
+
+
+def _is_identity(core: Tensor) -> bool:
+    if core.data is None or core.data.ndim != 2 or len({*core.indices}) != 2 or len(core.indices) != 2:
+        return False
+    rows, columns = core.data.shape
+    first = core.data[0]
+    return rows == columns and first[0] == 1 and not first[1:].any() and bool((core.data == np.eye(rows)).all())
 
 
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "exponential")

@@ -85,7 +85,7 @@ def groups(draw: st.DrawFn, modes: Sequence[Index], count: int | None) -> list[t
 def test_every_form_is_written_as_it_was_priced(images: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("forms") / "optimized.onnx"
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(network=chains(images), blocked=st.booleans())
     def check(network: Network, blocked: bool) -> None:
         (term,) = network.terms
@@ -110,7 +110,7 @@ def as_it_runs(model: onnx_ir.Model, path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     order=st.permutations("abcde"),
     sizes=st.lists(st.sampled_from([1, 2, 4, 16]), min_size=5, max_size=5),

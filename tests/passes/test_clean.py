@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
 from tests.helpers import apply_pass, program_of
 from tncompile.ir import Network
 from tncompile.passes import Clean, Context
@@ -131,3 +136,42 @@ program
     network = after.nodes[0]
     assert isinstance(network, Network)
     assert all(index.size != 1 for index in network.indices.values())
+
+
+IDENTITY = """
+program
+  input x: float32[batch, 4]
+  input z: float32[batch, 4]
+  network y: float32[batch, 4{more}]
+    indices n=batch, i=4, j=4, o=4, p=4
+    term
+      0 operand x[n, i]
+      1 core eye[i, j]
+      2 {second}
+      3 core c[{core}]
+    -> y[n, {out}]
+  output y = y
+"""
+
+
+@pytest.mark.parametrize(
+    ("second", "core", "out", "dropped"),
+    [
+        ("operand z[n, o]", "j, o, p", "p", True),
+        ("operand z[n, j]", "o, p", "p", True),  # x · z
+        ("operand z[n, o]", "o, p", "j, p", True),  # of the output: the other one takes its name
+        ("operand z[n, i]", "j, p", "p", True),
+        ("operand z[n, o]", "o, p", "i, j", False),  # a diagonal of the output
+        ("operand z[n, o]", "i, j, p", "p", False),  # a diagonal of c
+    ],
+)
+def test_an_identity_gives_another_name(second: str, core: str, out: str, dropped: bool) -> None:
+    more = ", 4" * out.count(",")
+    program = program_of(IDENTITY.format(second=second, core=core, out=out, more=more))
+    (network,) = program.networks
+    (term,) = network.terms
+    eye = replace(term.tensors[1], data=np.eye(4, dtype=np.float32))
+    whole = replace(network, terms=(replace(term, tensors=(term.tensors[0], eye, *term.tensors[2:])),))
+    after, changes = apply_pass(Clean(), replace(program, nodes=(whole,)), tolerance=1e-6)
+    assert [c.why for c in changes] == (["it is the identity"] if dropped else [])
+    assert len(after.networks[0].terms[0].cores) == 2 - dropped
