@@ -205,7 +205,8 @@ def summary(results: Sequence[Result]) -> str:
         f"noise: median {np.median([r.noise for r in results]):.1%}, worst {max(r.noise for r in results):.1%}"
     )
     correlations = [r.correlation for r in results if r.timed >= 8]
-    lines.append(f"rank correlation: median {np.median(correlations):.3f}, lowest {min(correlations):.3f}")
+    if correlations:
+        lines.append(f"rank correlation: median {np.median(correlations):.3f}, lowest {min(correlations):.3f}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, command, dense, files, planning, race, report, worker
+from benchmarks import cases, command, dense, files, oracle, planning, race, report, worker
 from benchmarks.models import CASES, Case, Loaded
 from benchmarks.networks import SHAPES
 from tncompile.errors import TNCompileError
@@ -201,3 +201,10 @@ def test_table_of_files() -> None:
         f"| {first.key} | {first.task} | 1 | 4 | 5 | 1.25 |",
         f"| {second.key} | {second.task} | refused | | | |",
     ]
+
+
+def test_the_oracle_sums_up_layers_with_few_ways() -> None:
+    result = oracle.Result("BTT", 1, ways=4, timed=4, best=2.0, planned=2.5, tuned=None, noise=0.01, correlation=1.0)
+    assert "regret by prediction: median 25.0%" in oracle.summary([result])
+    assert "rank correlation" not in oracle.summary([result])
+    assert "rank correlation: median 1.000" in oracle.summary([replace(result, timed=9)])
