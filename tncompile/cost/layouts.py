@@ -12,6 +12,7 @@ from functools import lru_cache
 from tncompile.ir import Term, Window
 
 Layout = tuple[str, ...]
+_Order = tuple[int, ...]
 _MAX_PERMUTED = 3  # up to 3! orders of a core's free modes are tried
 MAX_SPACE = 3  # axes behind the channels that ONNX Runtime's Conv takes
 
@@ -95,7 +96,7 @@ def swapped(layout: Layout, wanted: Layout) -> tuple[Layout, Layout] | None:
 
 
 AT_LEAST = 4
-"""What a size that is known at run time only counts for here."""
+"""What a size that is known only at run time counts for in `halfway`, which writer and price ask alike."""
 _LITTLE = 512  # elements, below which a node more takes longer
 _WIDE = 16  # elements that are copied as one at no loss
 _BLOCK = 8  # bytes up to which ONNX Runtime has a kernel that moves one axis; wider ones are copied block by block
@@ -126,11 +127,8 @@ def halfway(layout: Layout, wanted: Layout, sizes: Mapping[str, int], itemsize: 
     return None
 
 
-Order = tuple[int, ...]
-
-
 @lru_cache
-def _halves(wanted: Order) -> tuple[tuple[Order, tuple[frozenset[int], ...]], ...]:
+def _halves(wanted: _Order) -> tuple[tuple[_Order, tuple[frozenset[int], ...]], ...]:
     """The orders between ascending numbers and the `wanted` one, and what stays behind in either half; first those
     with the least behind. None where one exchange does it, or where the second would only split axes of the first."""
     start, ends = tuple(range(len(wanted))), {0, len(wanted)}
@@ -144,7 +142,7 @@ def _halves(wanted: Order) -> tuple[tuple[Order, tuple[frozenset[int], ...]], ..
     return tuple(sorted(found, key=lambda half: sum(map(len, half[1]))))
 
 
-def _exchanges(order: Order) -> Iterable[tuple[Order, Order, Order]]:
+def _exchanges(order: _Order) -> Iterable[tuple[_Order, _Order, _Order]]:
     """An order with two neighbouring groups exchanged, where its axes are cut for that, and those of the result."""
     for i, j, k in itertools.combinations(range(len(order) + 1), 3):
         yield (*order[:i], *order[j:k], *order[i:j], *order[k:]), (i, j, k), (i, i + k - j, k)

@@ -15,7 +15,7 @@ from tncompile.ir import Array, Tensor
 
 _FLOPS = 10e9  # ONNX Runtime 1.31 folded at 40 to 110 GFLOP/s on two cores
 _BANDWIDTH = 150e6  # and wrote results at 90 to 400 MB/s
-WORTH = 4096  # bytes a fold must save: its own nodes and names take about 1 kB in a file
+_WORTH = 4096  # bytes a fold must save: its own nodes and names take about 1 kB in a file
 _SPARSE = 0.5  # of a weight's bytes, at most, that are stored of a sparse one: two more of its size are made at load
 _SAMPLE = 1024  # numbers that are looked at first, as most weights have no zeros
 _PLACE = np.dtype(np.int32)
@@ -56,7 +56,7 @@ class Contracted(Foldable):
         """A core that some initializers hold; None where its parts are not smaller."""
         assert core.recipe is not None and core.data is not None
         saved = len(values) * core.data.nbytes - core.recipe.elements * core.data.itemsize
-        if saved <= WORTH * len(values):
+        if saved <= _WORTH * len(values):
             return None
         schedule = scheduled(core.recipe.term, core.recipe.kept)
         seconds = schedule.flops / _FLOPS + (schedule.bytes + 4 * core.data.size) / _BANDWIDTH
@@ -106,7 +106,7 @@ class Sparse(Foldable):
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _FLOATS or value.is_graph_input() or value.is_graph_output():
             return None
-        if tensor.nbytes <= WORTH or tensor.size > np.iinfo(_PLACE).max:
+        if tensor.nbytes <= _WORTH or tensor.size > np.iinfo(_PLACE).max:
             return None
         flat: Array = tensor.numpy().reshape(-1)
         each = flat.itemsize + _PLACE.itemsize
@@ -116,7 +116,7 @@ class Sparse(Foldable):
             return None
         count = int(np.count_nonzero(flat))
         saved = flat.nbytes - each * count
-        if count > most or saved <= WORTH:
+        if count > most or saved <= _WORTH:
             return None
         return Sparse(str(value.name), (value,), saved, 3 * flat.nbytes / _BANDWIDTH)
 
