@@ -152,7 +152,7 @@ class _Rows:
         return self.term.tensors[position].axes[:-1]
 
     def pairs(self, ways: Groups) -> list[Groups]:
-        """The ways that merge one more pair: a table, and a tensor that it shares an index with."""
+        """The ways that merge one more pair: a table, and a tensor that it shares an index with, or the ids."""
         inside = {p for group in ways for p in group}
         parts = [*ways, *((p,) for p in range(len(self.tensors)) if p not in inside)]
         found = []
@@ -162,7 +162,8 @@ class _Rows:
             names = [{i.name for p in part for i in self.tensors[p].indices} for part in (a, b)]
             mergeable = all(self.tensors[p].is_core for p in both) and not any(n & {*self.places} for n in names)
             alike = len({self.shape(p) for p in tables}) == 1
-            if tables and mergeable and alike and names[0] & names[1]:
+            together = names[0] & names[1] or all({*part} & {*self.tables} for part in (a, b))
+            if tables and mergeable and alike and together:
                 found.append((ways - {a, b}) | {tuple(sorted(both))})
         return found
 

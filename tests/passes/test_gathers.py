@@ -171,6 +171,29 @@ def test_a_projection_goes_into_the_table_where_that_is_smaller() -> None:
     assert gather.output.shape == ("batch", 6, 4)
 
 
+def test_tables_that_meet_in_a_core_alone_are_merged_too() -> None:
+    """Rows of a Tucker table: its factors share the ids, and no bond."""
+
+    class Tucker(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.factors = nn.ParameterList(torch.randn(n, 4, generator=generator) for n in (12, 15, 20))
+            self.core = nn.Parameter(torch.randn(4, 4, 4, 64, generator=generator))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            table = torch.einsum("ia,jb,kc,abce->ijke", *self.factors, self.core)
+            return F.embedding(ids, table.reshape(3600, 64))
+
+    module, ids = Tucker(), torch.arange(3600).reshape(36, 100)
+    _, after, told = planned(module, ids)
+    gathers = [n for n in after.nodes if isinstance(n, Opaque) and n.target == EMBEDDING]
+    assert sorted(n.output.shape[-1] for n in gathers) == [4, 16]
+    assert any("factors.0 and factors.1 are one table" in line for line in told)
+    found = evaluate_program(after, {"ids": ids.numpy()}, {"batch": 36})["output"]
+    assert_close(found, module.double()(ids).detach().numpy(), tolerance=1e-5)
+
+
 def test_tables_that_others_read_stay() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -86,10 +86,10 @@ def write(
     """The ONNX file of a scheduled program.
 
     `store`: ``"folded"`` writes all weights out, ``"cores"`` keeps what folded layers were made of wherever that is
-    smaller, and tables that are nearly all zeros without those, ``"auto"`` does so as far as it adds no more than
-    `LOAD_LIMIT` seconds to the load. `external_data`: weights go to a file of their own even where one file could hold
-    them. `micro_batch` may have large batches computed in parts. VerificationError for a file that is not valid ONNX,
-    TNCompileError for another `store`.
+    smaller, and tables that are nearly all zeros without those, ``"auto"`` does so where it saves enough for what is
+    made of them at load, as far as that takes no more than `LOAD_LIMIT` seconds. `external_data`: weights go to a file
+    of their own even where one file could hold them. `micro_batch` may have large batches computed in parts.
+    VerificationError for a file that is not valid ONNX, TNCompileError for another `store`.
     """
     if store not in get_args(Store):
         raise TNCompileError(f"store is {', '.join(get_args(Store))}; not {store!r}")
@@ -149,4 +149,4 @@ def _why(store: Store, found: int, chosen: int) -> str:
         return "as asked"
     if chosen == found:
         return f"smaller, and folding takes under {LOAD_LIMIT} s at load"
-    return f"{found - chosen} of {found} would add over {LOAD_LIMIT} s to the load"
+    return f"{found - chosen} of {found} would take more time or memory at load than that is worth"

@@ -121,6 +121,10 @@ class Weights:
         """Use an initializer that is there already wherever its array is wanted."""
         self.values.setdefault(self._key(np.asarray(array, order="C")), value)
 
+    def holds(self, array: Array) -> bool:
+        """Whether an initializer has this array."""
+        return self._key(np.asarray(array, order="C")) in self.values
+
     @staticmethod
     def _key(array: Array) -> bytes:
         digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as onnx
 
-from tncompile.emit.folds import fold_nodes, scheduled
-from tncompile.emit.graph import Arranged, Weights
+from tncompile.emit.folds import Folding
+from tncompile.emit.foldwriter import SMALL, Writer
+from tncompile.emit.graph import Arranged
 from tncompile.ir import Array, Tensor
 
 _FLOPS = 10e9  # ONNX Runtime 1.31 folded at 40 to 110 GFLOP/s on two cores
-_BANDWIDTH = 150e6  # and wrote results at 90 to 400 MB/s
-_WORTH = 4096  # bytes a fold must save: its own nodes and names take about 1 kB in a file
+_BANDWIDTH = 700e6  # and made arrays at 0.8 GB/s on one quiet core
+_PRODUCT = 0.2e-6  # seconds that one product of a batched MatMul takes
 _SPARSE = 0.5  # of a weight's bytes, at most, that are stored of a sparse one: two more of its size are made at load
 _SAMPLE = 1024  # numbers that are looked at first, as most weights have no zeros
 _PLACE = np.dtype(np.int32)
@@ -27,17 +28,18 @@ class Foldable(ABC):
     """A weight that could be stored as less.
 
     `values` are the initializers that hold it, one for each arrangement; `saved` the bytes that are saved then;
-    `seconds` the predicted time to make it at load.
+    `made` those that are made at load, and kept until all is folded; `seconds` the predicted time that takes.
     """
 
     name: str
     values: tuple[onnx.Value, ...]
     saved: int
+    made: int
     seconds: float
 
     @property
-    def parts(self) -> Iterable[Array]:
-        """Arrays that may be in the model anyway."""
+    def parts(self) -> Iterable[Tensor]:
+        """Cores that it is made of."""
         return ()
 
     @abstractmethod
@@ -56,44 +58,40 @@ class Contracted(Foldable):
         """A core that some initializers hold; None where its parts are not smaller."""
         assert core.recipe is not None and core.data is not None
         saved = len(values) * core.data.nbytes - core.recipe.elements * core.data.itemsize
-        if saved <= _WORTH * len(values):
+        if saved <= SMALL * len(values):
             return None
-        schedule = scheduled(core.recipe.term, core.recipe.kept)
-        seconds = schedule.flops / _FLOPS + (schedule.bytes + 4 * core.data.size) / _BANDWIDTH
-        return Contracted(core.name, tuple(values), saved, len(values) * seconds, core)
+        folds = [folding.fold for value in values if (folding := _folding(value)) is not None]
+        made = sum(fold.made for fold in folds) * core.data.itemsize
+        seconds = sum(fold.flops for fold in folds) / _FLOPS + sum(fold.products for fold in folds) * _PRODUCT
+        return Contracted(core.name, tuple(values), saved, made, seconds + made / _BANDWIDTH, core)
 
     @property
-    def parts(self) -> Iterable[Array]:
-        """Arrays that may be in the model anyway."""
+    def parts(self) -> Iterable[Tensor]:
+        """Cores that it is made of."""
         assert self.core.recipe is not None
-        return [part.data for part in self.core.recipe.term.tensors if part.data is not None]
+        return self.core.recipe.term.tensors
 
     def write(self, value: onnx.Value, writer: Writer) -> onnx.Value:
         """The value in which the nodes end that make one of `values`."""
-        arranged = Arranged.of(value)
-        assert arranged is not None and arranged.core.recipe is not None
-        recipe, dtype = arranged.core.recipe, str(arranged.core.array().dtype)
-        names = dict(zip((i.name for i in arranged.core.indices), recipe.kept, strict=True))
-        axes = tuple(tuple(names[n] for n in group) for group in arranged.groups)
+        folding, dtype = _folding(value), str(self.core.array().dtype)
+        assert folding is not None
         computed = "float32" if dtype == "float16" else dtype
-        parts = [self._part(part, computed, writer) for part in recipe.term.tensors]
-        nodes, result = fold_nodes(recipe.term, axes, parts, computed, writer.weights)
+        nodes, result = folding.nodes(lambda core, axes: writer.part(core, axes, computed), computed, writer.weights)
         if computed != dtype:
             nodes.append(onnx.node("Cast", [result], {"to": onnx.DataType.from_numpy(np.dtype(dtype))}))
             result = nodes[-1].outputs[0]
-        writer.append(nodes, arranged.core.name)
+        writer.append(nodes)
         return result
 
-    @staticmethod
-    def _part(part: Tensor, dtype: str, writer: Writer) -> onnx.Value:
-        """A part as it is, widened where the fold is computed in a wider type."""
-        array: Array = part.array().reshape([int(s) for s in part.shape])
-        value = writer.weights.add(part.name, array)
-        if str(array.dtype) == dtype:
-            return value
-        wide = onnx.node("Cast", [value], {"to": onnx.DataType.from_numpy(np.dtype(dtype))})
-        writer.append([wide], part.name)
-        return wide.outputs[0]
+
+def _folding(value: onnx.Value) -> Folding | None:
+    """How the core that an initializer holds is contracted to its arrangement; None where nothing says so."""
+    arranged = Arranged.of(value)
+    if arranged is None or arranged.core.recipe is None:
+        return None
+    recipe = arranged.core.recipe
+    names = dict(zip((i.name for i in arranged.core.indices), recipe.kept, strict=True))
+    return Folding(recipe.term, [[names[n] for n in group] for group in arranged.groups])
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Sparse(Foldable):
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _FLOATS or value.is_graph_input() or value.is_graph_output():
             return None
-        if tensor.nbytes <= _WORTH or tensor.size > np.iinfo(_PLACE).max:
+        if tensor.nbytes <= SMALL or tensor.size > np.iinfo(_PLACE).max:
             return None
         flat: Array = tensor.numpy().reshape(-1)
         each = flat.itemsize + _PLACE.itemsize
@@ -116,9 +114,9 @@ class Sparse(Foldable):
             return None
         count = int(np.count_nonzero(flat))
         saved = flat.nbytes - each * count
-        if count > most or saved <= _WORTH:
+        if count > most or saved <= SMALL:
             return None
-        return Sparse(str(value.name), (value,), saved, 3 * flat.nbytes / _BANDWIDTH)
+        return Sparse(str(value.name), (value,), saved, 3 * flat.nbytes, 3 * flat.nbytes / _BANDWIDTH)
 
     def write(self, value: onnx.Value, writer: Writer) -> onnx.Value:
         """The value in which the nodes end that make one of `values`."""
@@ -136,34 +134,5 @@ class Sparse(Foldable):
         zeros = onnx.node("ConstantOfShape", [length], {"value": zero})
         filled = onnx.node("ScatterElements", [zeros.outputs[0], places, numbers], {"axis": 0})
         nodes = [zeros, filled, onnx.node("Reshape", [filled.outputs[0], shape])]
-        writer.append(nodes, self.name)
+        writer.append(nodes)
         return nodes[-1].outputs[0]
-
-
-class Writer:
-    """Names the nodes of folds. Initializers that the model has anyway are used again where a part or a shape equals
-    them."""
-
-    def __init__(self, model: onnx.Model, parts: Iterable[Array]) -> None:
-        graph = model.graph
-        names = {str(v.name) for v in graph.inputs} | {*graph.initializers}
-        names |= {str(o.name) for node in graph.all_nodes() for o in node.outputs}
-        self.taken = {str(node.name) for node in graph.all_nodes()}
-        self.weights = Weights(taken=names)
-        self.nodes: list[onnx.Node] = []
-        shapes = {part.shape for part in parts}
-        for value in graph.initializers.values():
-            array = value.const_value
-            if array is not None and (array.size <= 8 or tuple(array.shape.numpy()) in shapes):
-                self.weights.known(value, array.numpy())
-
-    def append(self, nodes: Sequence[onnx.Node], name: str) -> None:
-        """Add the nodes that make a weight of this name."""
-        for node in nodes:
-            stem = f"fold/{name}/{node.op_type}"
-            numbered = (f"{stem}.{k}" if k else stem for k in range(len(self.taken) + 1))
-            unique = next(n for n in numbered if n not in self.taken)
-            self.taken.add(unique)
-            node.name, node.outputs[0].name = unique, f"{unique}:out"
-            node.metadata_props["tncompile.fold"] = name
-            self.nodes.append(node)

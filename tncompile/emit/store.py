@@ -14,12 +14,16 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as onnx
 
+from tncompile.emit.foldwriter import Writer
 from tncompile.emit.graph import Arranged
-from tncompile.emit.parts import Contracted, Foldable, Sparse, Writer
+from tncompile.emit.parts import Contracted, Foldable, Sparse
 from tncompile.ir import Tensor
 
 LOAD_LIMIT = 0.5
 """Seconds that folding may add to the load of a model, unless asked for."""
+
+_WORTH = 1 / 8
+"""Of the bytes that are made at load to have a weight, those that must be saved in the file, unless asked for."""
 
 
 def foldable(model: onnx.Model) -> list[Foldable]:
@@ -44,11 +48,12 @@ def foldable(model: onnx.Model) -> list[Foldable]:
 
 
 def affordable(found: Sequence[Foldable], limit: float = LOAD_LIMIT) -> list[Foldable]:
-    """As many of them, from the first on, as may be folded within `limit` seconds."""
+    """As many of them, from the first on, as may be folded within `limit` seconds, but none that is hardly smaller for
+    all that is made of it."""
     taken: list[Foldable] = []
-    for core in found:
-        if sum(c.seconds for c in taken) + core.seconds <= limit:
-            taken.append(core)
+    for weight in found:
+        if weight.saved >= _WORTH * weight.made and sum(w.seconds for w in taken) + weight.seconds <= limit:
+            taken.append(weight)
     return taken
 
 
@@ -56,13 +61,14 @@ def store_small(model: onnx.Model, chosen: Iterable[Foldable]) -> None:
     """Replace the initializers of some weights by less and the nodes that make them. Edits the model."""
     chosen = list(chosen)
     graph = model.graph
-    writer = Writer(model, [part for weight in chosen for part in weight.parts])
+    parts = [part for weight in chosen for part in weight.parts for _ in weight.values]
+    writer = Writer(model, parts, {str(value.name) for weight in chosen for value in weight.values})
     for weight in chosen:
         for value in weight.values:
             result = weight.write(value, writer)
             result.type, result.shape = value.type, value.shape
             onnx.convenience.replace_all_uses_with(value, result, replace_graph_outputs=True)
-            graph.initializers.pop(str(value.name))
+            result.name = graph.initializers.pop(str(value.name)).name
     for value in writer.weights.values.values():
         if value.name not in graph.initializers:
             graph.register_initializer(value)
