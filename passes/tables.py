@@ -152,20 +152,26 @@ class _Rows:
         return self.term.tensors[position].axes[:-1]
 
     def pairs(self, ways: Groups) -> list[Groups]:
-        """The ways that merge one more pair: a table, and a tensor that it shares an index with, or the ids."""
+        """The ways that merge one more pair: a table and a tensor that it shares an index with. Then two tables that
+        share none, but are gathered from at ids of one shape."""
         inside = {p for group in ways for p in group}
         parts = [*ways, *((p,) for p in range(len(self.tensors)) if p not in inside)]
-        found = []
+        found: list[Groups] = []
+        apart: list[Groups] = []
         for a, b in itertools.combinations(sorted(parts), 2):
             both = (*a, *b)
             tables = [p for p in both if p in self.tables]
             names = [{i.name for p in part for i in self.tensors[p].indices} for part in (a, b)]
             mergeable = all(self.tensors[p].is_core for p in both) and not any(n & {*self.places} for n in names)
             alike = len({self.shape(p) for p in tables}) == 1
-            together = names[0] & names[1] or all({*part} & {*self.tables} for part in (a, b))
-            if tables and mergeable and alike and together:
-                found.append((ways - {a, b}) | {tuple(sorted(both))})
-        return found
+            if not (tables and mergeable and alike):
+                continue
+            merged = (ways - {a, b}) | {tuple(sorted(both))}
+            if names[0] & names[1]:
+                found.append(merged)
+            elif all({*part} & {*self.tables} for part in (a, b)):
+                apart.append(merged)
+        return found + apart
 
     @cached_property
     def _kept(self) -> tuple[Index, ...]:

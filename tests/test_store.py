@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tncompile
-from tests.helpers import assert_exact, assert_plain, evaluate_program, feeds_for, program_of, session_of
+from tests.helpers import assert_close, assert_exact, assert_plain, evaluate_program, feeds_for, program_of, session_of
 from tncompile import compiler
 from tncompile.emit.file import Written, write
 from tncompile.emit.onnxfile import OnnxFile, pack
@@ -155,6 +155,41 @@ def test_auto_stops_at_the_limit() -> None:
     assert len(found) == 2 and all(c.seconds > 0 and c.saved > 8e5 for c in found)
     assert affordable(found, 1.5 * found[0].seconds) == found[:1]
     assert affordable(found, 0.0) == []
+
+
+def test_auto_folds_nothing_that_makes_far_more_than_it_saves() -> None:
+    program = folded_program()
+    (found,) = foldable(to_onnx(program, traced(program)))
+    assert affordable([replace(found, made=7 * found.saved)]) and not affordable([replace(found, made=9 * found.saved)])
+
+
+def test_a_sum_over_a_part_of_float16_may_be_larger_than_float16() -> None:
+    text = """\
+program
+  input x: float16[batch, 128]
+  network y: float16[batch, 128]
+    indices b=batch, i=128, o=128, r=4, s=4
+    term
+      0 operand x[b, i]
+      1 core a[i, r, s]
+      2 core c[r, o]
+    -> y[b, o]
+  output out = y
+"""
+    program = program_of(text)
+    (node,) = program.nodes
+    assert isinstance(node, Network)
+    _, a, c = node.terms[0].tensors
+    parts = replace(a, data=np.full((128, 4, 4), 2e4, np.float16)), replace(c, data=np.full((4, 128), 1e-4, np.float16))
+    node = replace(node, terms=(replace(node.terms[0], tensors=(node.terms[0].tensors[0], *parts)),))
+    term = merge_constants(node, node.terms[0], (0, (1, 2)))
+    steps = scheduler(node, term, Context(), 32).schedule(term.order).steps
+    program = replace(program, nodes=(replace(node, terms=(replace(term, steps=steps),)),))
+    file = write(program, traced(program), "cores")
+    assert file.storage.cores
+    feeds = {"x": np.full((2, 128), 1e-2, np.float16)}
+    expected = evaluate_program(program, feeds, {"batch": 2})["out"]
+    assert_close(session_of(file.data).run(None, feeds)[0], expected, tolerance=5e-3)
 
 
 def test_small_cores_are_written_out() -> None:

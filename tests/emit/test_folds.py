@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import assert_exact, session_of
+from tncompile.emit.foldplan import plan_fold
 from tncompile.emit.folds import Folding
 from tncompile.emit.foldwriter import Writer
 from tncompile.emit.onnxfile import pack
@@ -22,14 +23,16 @@ from tncompile.ir.tree import Tree
 Groups = list[list[Index]]
 
 
-def cores(shapes: list[str], sizes: dict[str, int]) -> tuple[Tensor, ...]:
-    """Random cores, each with an index for each letter."""
+def cores(shapes: list[str], sizes: dict[str, int], grouped: bool = False) -> tuple[Tensor, ...]:
+    """Random cores, each with an index for each letter, and an axis for each or, where `grouped`, one for all."""
     rng = np.random.default_rng(0)
-    axes = [tuple((Index(letter, sizes[letter]),) for letter in letters) for letters in shapes]
-    return tuple(
-        Tensor(f"c{k}", a, rng.standard_normal([int(i.size) for (i,) in a]).astype(np.float32))
-        for k, a in enumerate(axes)
-    )
+    found = []
+    for number, letters in enumerate(shapes):
+        indices = tuple(Index(letter, sizes[letter]) for letter in letters)
+        array = rng.standard_normal([sizes[letter] for letter in letters]).astype(np.float32)
+        axes = (indices,) if grouped else tuple((index,) for index in indices)
+        found.append(Tensor(f"c{number}", axes, array.reshape(-1) if grouped else array))
+    return tuple(found)
 
 
 def folded(term: Term, axes: Groups, shared: bool = False) -> tuple[list[onnx_ir.Node], bytes]:
@@ -39,7 +42,7 @@ def folded(term: Term, axes: Groups, shared: bool = False) -> tuple[list[onnx_ir
     writer = Writer(onnx_ir.Model(graph, ir_version=10))
     if shared:
         for core in term.tensors:
-            writer.weights.add(core.name, core.array())
+            writer.weights.add(core.name, core.array().reshape([int(size) for size in core.shape]))
     with patch("tncompile.emit.foldwriter.SMALL", -1):
         nodes, result = Folding(term, axes).nodes(
             lambda core, groups: writer.part(core, groups, "float32"), "float32", writer.weights
@@ -56,7 +59,7 @@ def folded(term: Term, axes: Groups, shared: bool = False) -> tuple[list[onnx_ir
 
 def einsum(term: Term, axes: Groups, absolute: bool = False) -> np.ndarray:
     """The contraction in float64; `absolute` of the magnitudes."""
-    arrays = [core.array().astype(np.float64) for core in term.tensors]
+    arrays = [core.array().astype(np.float64).reshape([int(i.size) for i in core.indices]) for core in term.tensors]
     wanted = "".join(index.name for axis in axes for index in axis)
     names = [",".join("".join(i.name for i in core.indices) for core in term.tensors), wanted]
     result = np.einsum("->".join(names), *(np.abs(a) if absolute else a for a in arrays), optimize=True)
@@ -66,7 +69,7 @@ def einsum(term: Term, axes: Groups, absolute: bool = False) -> np.ndarray:
 @st.composite
 def contractions(draw: st.DrawFn) -> tuple[Term, Groups]:
     sizes = {letter: draw(st.integers(1, 4)) for letter in "abcdefg"}
-    letters = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=4, unique=True)
+    letters = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=4)  # one that stands twice is a diagonal
     shapes = ["".join(s) for s in draw(st.lists(letters, min_size=1, max_size=5))]
     used = sorted({*"".join(shapes)})
     kept = draw(st.permutations(used))[: draw(st.integers(1, len(used)))]
@@ -80,7 +83,7 @@ def contractions(draw: st.DrawFn) -> tuple[Term, Groups]:
         first = order.pop(draw(st.integers(0, len(order) - 1)))
         second = order.pop(draw(st.integers(0, len(order) - 1)))
         order.append((first, second))
-    return Term(cores(shapes, sizes), order[0]), axes
+    return Term(cores(shapes, sizes, draw(st.booleans())), order[0]), axes
 
 
 @settings(max_examples=60, deadline=None)
@@ -113,3 +116,12 @@ def test_few_arrays_of_full_size(shapes: list[str], order: Tree, largest: list[s
     assert [n.op_type for n, size in zip(nodes, sizes, strict=True) if size == 192 * 192] == largest
     found = session_of(data).run(None, {})[0]
     assert_exact(found, einsum(term, IN_OUT), einsum(term, IN_OUT, absolute=True), "float32", roundings=64)
+
+
+@pytest.mark.parametrize("count", [12, 40, 300])
+def test_many_cores_are_planned_in_few_trials(count: int) -> None:
+    """Of a chain of matrices, each of them is made into no more than a few."""
+    fold = plan_fold(tuple((k, k + 1) for k in range(count)), (4,) * (count + 1), ((0,), (count,)))
+    assert sorted(fold.places) == [*range(count)] and fold.made <= 2 * 16 * count
+    scales = ((0, 1, 4), (4, 2, 3), *((0, 2) if k % 2 else (1, 3) for k in range(count)))
+    assert sorted(plan_fold(scales, (4,) * 5, ((0, 2), (1, 3))).places) == [*range(count + 2)]

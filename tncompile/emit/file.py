@@ -29,7 +29,8 @@ Store = Literal["auto", "cores", "folded"]
 
 @dataclass(frozen=True)
 class Storage:
-    """How a file holds weights that could be stored as less: sizes in bytes with all of them written out and with none.
+    """How a file holds weights that could be stored as less: sizes in bytes with all of them written out and with none,
+    which is an upper bound where this file holds some of them as parts and not others that share a part.
 
     `cores` are the folded cores that this file holds as their parts, `sparse` the weights that it holds without their
     zeros, and `seconds` the predicted time that ONNX Runtime needs to make them at load; `all_seconds` the same for

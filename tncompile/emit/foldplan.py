@@ -21,12 +21,17 @@ from itertools import combinations, groupby
 Axis = tuple[int, ...]
 Axes = tuple[Axis, ...]
 
-_PRODUCT = 4
-"""Numbers that one product of a batched MatMul is as bad as: it takes ONNX Runtime 1.31 some 0.2 microseconds, and 88
-bytes for pointers and sizes until the node has run."""
+_PRODUCT, _FLOP = 4, 1 / 4096
+"""Numbers kept that one product of a batched MatMul, and one operation, are as bad as: both far less than what
+their time is worth (0.2 microseconds, as long as 35 numbers, and a 57th), as load takes little time, and memory is
+short."""
 
-_ALL_PAIRS = 8
-"""Tensors of which every two parts are tried; of more, those to the left and the right of a cut, and one of them."""
+_ALL_PAIRS, _CUTS, _MIDDLE = 8, 16, 64
+"""Tensors of which every two parts are tried; every cut and each of them apart; the cuts at the ends and in the middle.
+Of more it is the middle alone."""
+
+_TRIALS = 3000
+"""Pairs of parts that are tried, after which each part is taken apart where that looks best."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,15 @@ class Fold:
     halves: tuple[Fold, ...] = ()
 
     @property
-    def badness(self) -> int:
-        return self.made + _PRODUCT * self.products
+    def badness(self) -> float:
+        """What is to be least."""
+        return self.made + _PRODUCT * self.products + _FLOP * self.flops
 
 
 @lru_cache(maxsize=1 << 14)
 def plan_fold(tensors: tuple[Axis, ...], sizes: tuple[int, ...], axes: Axes) -> Fold:
-    """The fold of least memory of tensors, each given by its indices, to `axes`; `sizes` has that of each index."""
+    """The fold of least memory of tensors, at least one, each given by its indices, to `axes`; `sizes` are those of all
+    indices."""
     return _Search(tensors, sizes).best(tuple(range(len(tensors))), axes)
 
 
@@ -63,6 +70,7 @@ class _Search:
         self.tensors = tensors
         self.sizes = sizes
         self.found: dict[tuple[tuple[int, ...], Axes], Fold] = {}
+        self.trials = 0
 
     def best(self, places: tuple[int, ...], axes: Axes) -> Fold:
         key = places, axes
@@ -74,8 +82,9 @@ class _Search:
         forms = [form for pair in _pairs(places) for form in self._forms(pair, axes)]
         best: Fold | None = None
         for form in sorted(forms, key=lambda form: form.least):
-            if best is not None and form.least >= best.badness:
+            if best is not None and (form.least >= best.badness or self.trials >= _TRIALS):
                 break
+            self.trials += 1
             halves = tuple(self.best(half, side) for half, side in zip(form.pair, form.sides, strict=True))
             fold = Fold(
                 places,
@@ -93,27 +102,27 @@ class _Search:
         return best
 
     def _forms(self, pair: _Pair, axes: Axes) -> Iterator[_Form]:
-        """Straight into the order of `axes`, in as few axes as can be and in those, and as few products whose result is
-        transposed."""
+        """The ways in which two parts may meet."""
         order = _order(axes)
         first, second = ({i for p in half for i in self.tensors[p]} for half in pair)
         if order and order[-1] not in second:
             pair, first, second = pair[::-1], second, first
         bond = tuple(sorted((first & second) - {*order}))
         homes = {i: (i in first, i in second) for i in order}
-        for turned in (False, True) if bond else (False,):
-            by_home = sorted(order, key=lambda i: _TURNED.index(homes[i])) if turned else order
-            if not turned or tuple(by_home) != order:
-                yield self._form(pair, _runs(by_home, homes), bond, axes)
-        yield self._form(pair, [(homes[i], (i,)) for i in order], bond, axes)
+        yield self._form(pair, _runs(order, homes), bond, axes)  # straight into the order, in as few axes as can be
+        yield self._form(pair, [(homes[i], (i,)) for i in order], bond, axes)  # in one axis for each index
         as_wanted = [run for axis in axes for run in _runs(axis, homes) or [(_NEITHER, ())]]
         form = self._form(pair, as_wanted, bond, axes)
         if form.met == axes:
             yield form
+        turned = tuple(sorted(order, key=lambda i: _TURNED.index(homes[i])))
+        if bond and turned != order:  # as one matrix product for each index of both, which is transposed then
+            yield self._form(pair, _runs(turned, homes), bond, axes)
 
     def _form(self, pair: _Pair, runs: list[tuple[_Home, Axis]], bond: Axis, axes: Axes) -> _Form:
-        """Each of `runs` is one axis. The last is the matmul's ``n`` where the second half alone has it, and what is
-        before it is its ``m`` where the first alone has that."""
+        """Each of `runs` is one axis of the result. The last is the matmul's ``n`` where the second half alone has it,
+        and what is before it is its ``m`` where the first alone has that: in the example above the runs i1, i2, o1, o2
+        are met in ``[i1, i2, o1, o2]`` by sides ``[i1, 1, o1, r]`` and ``[i2, r, o2]``."""
         last: tuple[Axes, Axes, Axes] = ((), (), ())
         lead = [*runs]
         if bond:
@@ -131,7 +140,7 @@ class _Search:
             made = 4 * size  # a Reshape, a Transpose and a Reshape
         products = self._size(i for _, run in lead for i in run) if bond else 0
         flops = 2 * size * self._size(bond) if bond else size
-        least = made + _PRODUCT * products
+        least = made + _PRODUCT * products + _FLOP * flops
         least += sum(self._size(_order(side)) for half, side in zip(pair, sides, strict=True) if len(half) > 1)
         return _Form(pair, sides, "MatMul" if bond else "Mul", met, made, flops, products, least)
 
@@ -157,7 +166,7 @@ class _Form:
     made: int
     flops: int
     products: int
-    least: int
+    least: float
 
 
 def _pairs(places: tuple[int, ...]) -> Iterator[_Pair]:
@@ -169,9 +178,10 @@ def _pairs(places: tuple[int, ...]) -> Iterator[_Pair]:
                 first = (places[0], *rest)
                 yield first, tuple(p for p in places if p not in first)
         return
-    for cut in range(1, count):
+    cuts = range(1, count) if count <= _CUTS else {1, count // 2, count - 1} if count <= _MIDDLE else {count // 2}
+    for cut in cuts:
         yield places[:cut], places[cut:]
-    for k in range(1, count - 1):
+    for k in range(1, count - 1) if count <= _CUTS else ():
         yield (*places[:k], *places[k + 1 :]), (places[k],)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as onnx
 
 from tncompile.emit.graph import GraphWriter, Groups, Laid, Weights
-from tncompile.ir import Tensor
+from tncompile.ir import Array, Tensor
 from tncompile.ir.evaluate import merge
 
 SMALL = 4096
@@ -35,7 +35,7 @@ class Writer:
         parts = list(parts)
         self._uses = Counter(id(part.data) for part in parts)
         self._arranged: dict[tuple[int, tuple[tuple[int, ...], ...], str], onnx.Value] = {}
-        shapes = {part.array().shape for part in parts}
+        shapes = {tuple(int(size) for size in part.shape) for part in parts}
         for name, value in graph.initializers.items():
             array = value.const_value
             if array is None or name in replaced:
@@ -49,29 +49,31 @@ class Writer:
         The file holds it as it is wanted, but one that something else in the model reads too once, as it is, unless it
         is as small as the nodes that move it.
         """
-        sizes = {index.name: int(index.size) for index in core.indices}
-        kept, order = [n for n in sizes if any(n in axis for axis in axes)], [n for axis in axes for n in axis]
-        whole = len(kept) == len(core.indices)
-        array = core.array() if whole else merge([core], 0, [i for i in core.indices if i.name in kept])
-        array = array.astype(core.array().dtype).reshape([sizes[n] for n in kept])
-        several = self._uses[id(core.data)] > 1 or self.weights.holds(core.array())
-        if whole and several and core.array().nbytes > SMALL:
-            return self._shared(core, axes, dtype, sizes)
-        shape = [math.prod(sizes[n] for n in axis) for axis in axes]
+        indices = {index.name: index for index in core.indices}  # one that stands twice is a diagonal
+        sizes = {name: int(index.size) for name, index in indices.items()}
+        order = [name for axis in axes for name in axis]
+        whole = sorted(order) == sorted(index.name for index in core.indices)
+        as_is = core.array().reshape([int(size) for size in core.shape])
+        if whole and as_is.nbytes > SMALL and (self._uses[id(core.data)] > 1 or self.weights.holds(as_is)):
+            return self._shared(core, as_is, axes, dtype)
+        if whole:
+            kept, array = [*sizes], as_is.reshape([*sizes.values()])
+        else:  # not rounded to a narrower type: a sum may be larger than all of it
+            kept = [name for name in sizes if name in order]
+            array = merge([core], 0, [indices[name] for name in kept]).astype(dtype)
+        shape = [math.prod(sizes[name] for name in axis) for axis in axes]
         return self._widened(self.weights.arranged(core.name, array, [kept.index(n) for n in order], shape), dtype)
 
-    def _shared(self, core: Tensor, axes: Groups, dtype: str, sizes: Mapping[str, int]) -> onnx.Value:
+    def _shared(self, core: Tensor, as_is: Array, axes: Groups, dtype: str) -> onnx.Value:
         names = [index.name for index in core.indices]
         key = id(core.data), tuple(tuple(map(names.index, axis)) for axis in axes), dtype
         if key not in self._arranged:
-            value = self._widened(self.weights.add(core.name, core.array()), dtype)
-            write = GraphWriter("fold", sizes, dtype, self.weights, (), {})
+            value = self._widened(self.weights.add(core.name, as_is), dtype)
+            write = GraphWriter("fold", {i.name: i.size for i in core.indices}, dtype, self.weights, (), {})
             laid = Laid(value, tuple(tuple(index.name for index in axis) for axis in core.axes))
-            laid, order = (
-                write.regroup(laid, tuple((name,) for name in names)),
-                [name for axis in axes for name in axis],
-            )
+            order = [name for axis in axes for name in axis]
             if order != names:  # in one step, as each keeps what it makes
+                laid = write.regroup(laid, tuple((name,) for name in names))
                 perm = [names.index(name) for name in order]
                 laid = Laid(write.op("Transpose", [laid.value], perm=perm), tuple((name,) for name in order))
             self._arranged[key] = write.regroup(laid, axes).value

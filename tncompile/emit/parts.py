@@ -60,8 +60,11 @@ class Contracted(Foldable):
         saved = len(values) * core.data.nbytes - core.recipe.elements * core.data.itemsize
         if saved <= SMALL * len(values):
             return None
-        folds = [folding.fold for value in values if (folding := _folding(value)) is not None]
-        made = sum(fold.made for fold in folds) * core.data.itemsize
+        folds = [_folding(value).fold for value in values]
+        computed = np.dtype(_computed(core))
+        made = sum(fold.made for fold in folds) * computed.itemsize
+        if computed != core.data.dtype:  # the parts are cast before, and the result behind
+            made += len(values) * (core.recipe.elements * computed.itemsize + core.data.nbytes)
         seconds = sum(fold.flops for fold in folds) / _FLOPS + sum(fold.products for fold in folds) * _PRODUCT
         return Contracted(core.name, tuple(values), saved, made, seconds + made / _BANDWIDTH, core)
 
@@ -73,10 +76,10 @@ class Contracted(Foldable):
 
     def write(self, value: onnx.Value, writer: Writer) -> onnx.Value:
         """The value in which the nodes end that make one of `values`."""
-        folding, dtype = _folding(value), str(self.core.array().dtype)
-        assert folding is not None
-        computed = "float32" if dtype == "float16" else dtype
-        nodes, result = folding.nodes(lambda core, axes: writer.part(core, axes, computed), computed, writer.weights)
+        dtype, computed = str(self.core.array().dtype), _computed(self.core)
+        nodes, result = _folding(value).nodes(
+            lambda core, axes: writer.part(core, axes, computed), computed, writer.weights
+        )
         if computed != dtype:
             nodes.append(onnx.node("Cast", [result], {"to": onnx.DataType.from_numpy(np.dtype(dtype))}))
             result = nodes[-1].outputs[0]
@@ -84,14 +87,19 @@ class Contracted(Foldable):
         return result
 
 
-def _folding(value: onnx.Value) -> Folding | None:
-    """How the core that an initializer holds is contracted to its arrangement; None where nothing says so."""
+def _folding(value: onnx.Value) -> Folding:
+    """How the core that an initializer holds is contracted to its arrangement."""
     arranged = Arranged.of(value)
-    if arranged is None or arranged.core.recipe is None:
-        return None
+    assert arranged is not None and arranged.core.recipe is not None
     recipe = arranged.core.recipe
     names = dict(zip((i.name for i in arranged.core.indices), recipe.kept, strict=True))
     return Folding(recipe.term, [[names[n] for n in group] for group in arranged.groups])
+
+
+def _computed(core: Tensor) -> str:
+    """The type in which a core is contracted at load: ONNX Runtime has no kernel that folds float16."""
+    dtype = str(core.array().dtype)
+    return "float32" if dtype == "float16" else dtype
 
 
 @dataclass(frozen=True)
