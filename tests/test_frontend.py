@@ -245,6 +245,7 @@ def test_a_network_holds_at_other_batch_sizes(name: str) -> None:
         assert_same_as_torch(module, traced, *(rand(batch, *x.shape[1:], seed=9) for x in MULTILINEAR[name][2]))
 
 
+@pytest.mark.slow  # it traces every case again
 def test_every_translator_has_a_case() -> None:
     """By the operations in the traced graphs of the cases above."""
     used = {multilinear.TRANSLATORS[name].__name__ for case in MULTILINEAR for name in operations(case)}
