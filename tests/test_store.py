@@ -47,13 +47,14 @@ def folded_program(
         text += "  " + LAYER.format(x=x, y=y, a=a, b=b, dtype=dtype).replace("\n", "\n  ").rstrip() + "\n"
     text += f"  output out = {layers[-1][1]}\n"
     program = program_of(text)
-    nodes = []
-    for node in program.nodes:
-        assert isinstance(node, Network)
-        term = merge_constants(node, node.terms[0], (0, (1, 2)))
-        schedule = scheduler(node, term, Context(), 32).schedule(term.order)
-        nodes.append(replace(node, terms=(replace(term, steps=schedule.steps),)))
-    return replace(program, nodes=tuple(nodes))
+    return replace(program, nodes=tuple(map(dense, program.networks)))
+
+
+def dense(network: Network) -> Network:
+    """One operand and two cores, as one core."""
+    term = merge_constants(network, network.terms[0], (0, (1, 2)))
+    schedule = scheduler(network, term, Context(), 32).schedule(term.order)
+    return replace(network, terms=(replace(term, steps=schedule.steps),))
 
 
 def traced(program: Program) -> TracedModel:
@@ -177,14 +178,12 @@ program
   output out = y
 """
     program = program_of(text)
-    (node,) = program.nodes
-    assert isinstance(node, Network)
-    _, a, c = node.terms[0].tensors
-    parts = replace(a, data=np.full((128, 4, 4), 2e4, np.float16)), replace(c, data=np.full((4, 128), 1e-4, np.float16))
-    node = replace(node, terms=(replace(node.terms[0], tensors=(node.terms[0].tensors[0], *parts)),))
-    term = merge_constants(node, node.terms[0], (0, (1, 2)))
-    steps = scheduler(node, term, Context(), 32).schedule(term.order).steps
-    program = replace(program, nodes=(replace(node, terms=(replace(term, steps=steps),)),))
+    (network,) = program.networks
+    (term,) = network.terms
+    x, a, c = term.tensors
+    a = replace(a, data=np.full((128, 4, 4), 2e4, np.float16))
+    c = replace(c, data=np.full((4, 128), 1e-4, np.float16))
+    program = replace(program, nodes=(dense(replace(network, terms=(replace(term, tensors=(x, a, c)),))),))
     file = write(program, traced(program), "cores")
     assert file.storage.cores
     feeds = {"x": np.full((2, 128), 1e-2, np.float16)}
