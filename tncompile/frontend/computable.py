@@ -39,13 +39,8 @@ class Computable:
 def computable(exported: torch.export.ExportedProgram) -> Computable:
     """The functional graph of a program, changed where ONNX Runtime would not compute it as it is."""
     functional = functionalized(exported)
-    nodes = functional.graph.nodes
-    if any(_is(n, torch.float64) for n in nodes):
-        written_out = {
-            _aten.scaled_dot_product_attention.default: _attention,
-            _aten.group_norm.default: _group_norm,
-        }
-        functional = functionalized(functional, written_out)
+    if any(n.target in _IN_FLOAT64 and _is(n, torch.float64) for n in functional.graph.nodes):
+        functional = functionalized(functional, _IN_FLOAT64)
     notes: tuple[str, ...] = ()
     if any(_is(n, torch.bfloat16) for n in functional.graph.nodes):
         functional, notes = _widened(functional), (WIDENED,)
@@ -192,3 +187,7 @@ def _group_norm(
     if weight is not None:
         result = result * weight.reshape(along)
     return result if bias is None else result + bias.reshape(along)
+
+
+_IN_FLOAT64 = {_aten.scaled_dot_product_attention.default: _attention, _aten.group_norm.default: _group_norm}
+"""What is written out."""
