@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tncompile.ir import Network, Program, Term
-from tncompile.ir.edit import map_terms
+from tncompile.cost.search import MAX_CORE_ELEMENTS
+from tncompile.ir import Network, Node, Program, Term
 from tncompile.passes.base import Change, Context, Pass
 from tncompile.passes.plans import dense_tree, merge_constants
+from tncompile.passes.positions import Writer
+from tncompile.passes.rows import Rows, readers_of, rows_of
+
+_LARGE = "the product would be too large"
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,45 @@ class Dense(Pass):
     ```
 
     1. The product is no larger than `order` would consider, and fits the network's dtype.
+    2. Where a term reads rows of tables, and nothing else is known at run time, these and its cores become one table.
 
-    Not in the default pipeline, where `order` has the dense layer among its candidates: this is what it is to be
-    compared with, as ``clean,fold,clean,dense,order``.
+    Not in the default pipeline, where `order` has the dense layer among its candidates, and `tables` the one table:
+    this is what they are to be compared with, as ``clean,gathers,fold,clean,dense,clean,order``.
     """
 
     def run(self, program: Program, context: Context) -> tuple[Program, Sequence[Change]]:
         changes: list[Change] = []
-        return map_terms(program, lambda network, term: _merged(network, term, context, changes)), changes
+        known = {node.value.name: node for node in program.nodes}
+        writer, readers = Writer(program), readers_of(program)
+        nodes: list[Node] = []
+        for node in program.nodes:
+            if isinstance(node, Network):
+                terms = []
+                for term in node.terms:
+                    rows = rows_of(node, term, program, known, readers)
+                    if rows is None or rows.whole is None:
+                        terms.append(_merged(node, term, context, changes))
+                        continue
+                    added, term = _one_table(rows, writer, changes)
+                    nodes += added
+                    terms.append(term)
+                node = replace(node, terms=tuple(terms))
+            nodes.append(node)
+        return writer.program(program, nodes), changes
+
+
+def _one_table(rows: Rows, writer: Writer, changes: list[Change]) -> tuple[Sequence[Node], Term]:
+    assert rows.whole is not None
+    name, what = rows.network.output.name, f"{len(rows.tensors)} tables and cores are one table"
+    if rows.elements(rows.whole) > MAX_CORE_ELEMENTS:
+        changes.append(Change(name, what, _LARGE, declined=True))
+        return (), rows.term
+    result = rows.applied(rows.whole, writer)
+    if result is None:
+        changes.append(Change(name, what, f"the product does not fit into {rows.network.dtype}", declined=True))
+        return (), rows.term
+    changes.append(Change(name, what))
+    return result
 
 
 def _merged(network: Network, term: Term, context: Context, changes: list[Change]) -> Term:
@@ -40,7 +75,7 @@ def _merged(network: Network, term: Term, context: Context, changes: list[Change
     what = f"{len(term.cores)} cores are one"
     tree = dense_tree(network, term, context, context.batches[-1])
     if tree is None:
-        changes.append(Change(network.output.name, what, "the product would be too large", declined=True))
+        changes.append(Change(network.output.name, what, _LARGE, declined=True))
         return term
     merged = merge_constants(network, term, tree)
     if not all(np.isfinite(c.data).all() for c in merged.cores if c.data is not None):

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from tncompile.errors import SourceRef
 from tncompile.ir import Array, Node, Opaque, Program, Ref, Tensor, Value
-from tncompile.ir.edit import fresh, unique_cores
+from tncompile.ir.edit import fresh, permuted, unique_cores
 from tncompile.ir.opaque import Arg
 
 EMBEDDING, INDEX, INDEX_SELECT = "aten.embedding.default", "aten.index.Tensor", "aten.index_select.default"
@@ -100,13 +102,15 @@ class Writer:
         self.values = dict(program.values)
         self.weights: dict[str, Array] = dict(program.weights)
         self.origins = dict(program.origins)
+        self.made = dict(program.made)
         self._taken = {*self.values, *program.arrays}
         self._known: dict[object, str] = {}
         self._tables: dict[object, str] = {}
 
     def program(self, program: Program, nodes: Sequence[Node]) -> Program:
         """The program with other nodes, and the weights that they gather from."""
-        return unique_cores(replace(program, nodes=tuple(nodes), weights=self.weights, origins=self.origins))
+        nodes = tuple(nodes)
+        return unique_cores(replace(program, nodes=nodes, weights=self.weights, origins=self.origins, made=self.made))
 
     def name(self, wanted: str) -> str:
         """A name that nothing has yet."""
@@ -123,15 +127,18 @@ class Writer:
         rest = [i for i in core.indices if i.name not in modes]
         order = [core.indices.index(i) for i in (*first, *rest)]
         key = (id(core.data), tuple(order), len(modes), tuple(i.size for i in core.indices))
-        rows = math.prod(int(i.size) for i in first)
         if key not in self._tables:
-            array = core.array().transpose(order).reshape(rows, -1)
+            turned = permuted(core, order)
+            array = turned.array().reshape(math.prod(int(i.size) for i in first), -1)
             kept = core.data is not None and array.shape == core.data.shape and order == sorted(order)
             name = core.name if kept else f"{core.name}.rows"
             if not kept or self.weights.get(name) is not core.data:
                 name = self.name(name) if name in self.weights or not kept else name
-                self.weights[name] = core.data if kept and core.data is not None else array.copy()
+                array = core.data if kept and core.data is not None else np.array(array, order="C")
+                self.weights[name] = array
                 self.origins[name] = core.sources
+                if turned.recipe is not None:
+                    self.made[name] = replace(turned, name=name, axes=(tuple(first), tuple(rest)), data=array)
             self._tables[key] = name
         rows_of = replace(core, axes=(tuple(first), tuple(rest)), data=None, recipe=None, origins=())
         return self._tables[key], rows_of

@@ -15,13 +15,15 @@ from torch import nn
 import tncompile
 from tests.helpers import assert_close, evaluate_program, operators
 from tests.test_adapters import largest_array
+from tncompile.commands.bench import DENSE_PASSES
 from tncompile.frontend.importer import import_exported
 from tncompile.frontend.trace import trace
 from tncompile.ir import Network, Opaque, Program
 from tncompile.passes import Context, Pipeline, parse_passes
 from tncompile.passes.positions import EMBEDDING, Position, read
 
-BEFORE_ORDER = parse_passes("clean,stacks,gathers,fold,clean,merge_cores,tables,clean")
+BATCHES = Context(batches=(1, 8))
+BEFORE_ORDER = "clean,stacks,gathers,fold,clean,merge_cores,tables{},clean"
 
 
 class Train(nn.Module):
@@ -69,25 +71,30 @@ class Train(nn.Module):
 WAYS = ["embedding", "index", "select", "columns", "several", "cores"]
 
 
-def planned(module: nn.Module, ids: torch.Tensor) -> tuple[Program, Program, list[str]]:
-    """The program as traced and before it is ordered, and what was done."""
+def planned(
+    module: nn.Module, ids: torch.Tensor, options: str = "{whole=0}", context: Context = BATCHES
+) -> tuple[Program, Program, list[str]]:
+    """The program as traced and before it is ordered, and what was done; `options` are those of `tables`, by default
+    without one table of all."""
     program = import_exported(trace(module, (ids,))).program
-    after, reports = Pipeline(BEFORE_ORDER, scheduled=False).run(program, Context(batches=(1, 8)))
+    passes = parse_passes(BEFORE_ORDER.format(options))
+    after, reports = Pipeline(passes, scheduled=False).run(program, context)
     return program, after, [str(c) for r in reports if r.name in ("gathers", "tables") for c in r.changes]
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=12)
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=2, max_size=4),
     st.integers(1, 4),
     st.sampled_from(WAYS),
+    st.sampled_from(["{whole=0}", ""]),
     st.integers(0, 100),
 )
-def test_every_way_to_write_a_train(modes: list[tuple[int, int]], rank: int, way: str, seed: int) -> None:
+def test_every_way_to_write_a_train(modes: list[tuple[int, int]], rank: int, way: str, options: str, seed: int) -> None:
     rows, columns = [i for i, _ in modes], [e for _, e in modes]
     module, size = Train(rows, columns, rank, way), math.prod(rows)
     ids = torch.randint(0, size, (3, 4), generator=torch.Generator().manual_seed(seed))
-    _, after, _ = planned(module, ids)
+    _, after, _ = planned(module, ids, options)
     name = after.inputs[0].name
     for given_ids in (ids, torch.full((2, 4), size - 1)):
         expected = module.double()(given_ids).detach().numpy()
@@ -96,16 +103,51 @@ def test_every_way_to_write_a_train(modes: list[tuple[int, int]], rank: int, way
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_table_is_never_there(way: str) -> None:
+def test_one_table_serves_where_it_is_faster(way: str) -> None:
     module = Train([10, 12, 9], [4, 4, 6], 4, way)
     ids = torch.randint(0, 1080, (4, 5), generator=torch.Generator().manual_seed(0))
-    compiled = tncompile.compile(module, (ids,), batch=(1, 32))
+    for store, least, most in (("folded", 1080 * 96 * 4, math.inf), ("cores", 0, 1080 * 96)):
+        compiled = tncompile.compile(module, (ids,), batch=(1, 32), store=store)
+        assert {"Gather"} <= {*operators(compiled.onnx)}
+        assert not {"Div", "Einsum"} & {*operators(compiled.onnx)}  # some ways wrap ids that are too large: a Mod
+        assert least < compiled.report.size < most
+        assert_close(compiled.run(ids), module.double()(ids).detach().numpy(), tolerance=1e-5)
+        module.float()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_table_is_never_there_where_the_file_must_not_grow(way: str) -> None:
+    module = Train([10, 12, 9], [4, 4, 6], 4, way)
+    ids = torch.randint(0, 1080, (4, 5), generator=torch.Generator().manual_seed(0))
+    compiled = tncompile.compile(module, (ids,), batch=(1, 32), compact=True)
     assert largest_array(compiled.onnx) < 1080 * 96 / 4
-    found = compiled.run(ids)
-    expected = module.double()(ids).detach().numpy()
-    assert_close(found, expected, tolerance=1e-5)
     assert {"Gather", "Mod"} <= {*operators(compiled.onnx)}
     assert not {"GatherND", "Einsum"} & {*operators(compiled.onnx)}
+    assert_close(compiled.run(ids), module.double()(ids).detach().numpy(), tolerance=1e-5)
+
+
+def test_one_table_is_refused_where_it_is_too_large() -> None:
+    module = Train([10, 12, 9], [4, 4, 6], 4, "cores")
+    ids = torch.randint(0, 1080, (4, 5), generator=torch.Generator().manual_seed(0))
+
+    def gathers(options: str, context: Context) -> int:
+        _, after, _ = planned(module, ids, options, context)
+        return sum(isinstance(n, Opaque) and n.target == EMBEDDING for n in after.nodes)
+
+    size = 1080 * 96
+    assert gathers(f"{{whole={size}}}", BATCHES) == 1
+    assert gathers(f"{{whole={size - 1}}}", BATCHES) > 1
+    assert gathers("", Context(batches=(1, 8), max_memory=4 * size)) == 1
+    assert gathers("", Context(batches=(1, 8), max_memory=4 * size - 1)) > 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_dense_way_has_one_table(way: str) -> None:
+    module = Train([10, 12, 9], [4, 4, 6], 4, way)
+    ids = torch.randint(0, 1080, (4, 5), generator=torch.Generator().manual_seed(0))
+    compiled = tncompile.compile(module, (ids,), batch=(1, 32), passes=parse_passes(DENSE_PASSES), store="folded")
+    assert not {"Div", "MatMul", "Mul"} & {*operators(compiled.onnx)}
+    assert_close(compiled.run(ids), module.double()(ids).detach().numpy(), tolerance=1e-5)
 
 
 def test_negative_ids_count_from_the_end_where_torch_lets_them() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tncompile.runtime.rivals import Inputs
 
 WAYS = ("exporter", "eager", "compile", "dense", "naive")
-DENSE_PASSES = "clean,fold,clean,dense,order"
+DENSE_PASSES = "clean,gathers,fold,clean,dense,clean,order"
 
 HELP = """\
 Compile a model and time it beside the other ways to run it, in turns in one process.
@@ -125,7 +125,8 @@ def writer(
     threads: int = 0,
     sizes: Mapping[str, int] | None = None,
 ) -> Callable[[Path], None]:
-    """Compiles when it is called, with the default passes or others, and writes the ONNX file."""
+    """Compiles when it is called and writes the ONNX file: with the default passes, or, written out as a model of such
+    weights would be, with others."""
 
     def write(path: Path) -> None:
         from tncompile import compiler
@@ -139,6 +140,7 @@ def writer(
             device=device,
             passes=chosen,
             threads=threads,
+            store="auto" if passes is None else "folded",
             micro_batch=passes is None,
             check=False,
         )

@@ -86,7 +86,8 @@ class Scheduler:
         self.term = term
         self.output = tuple(name for axis in axes for name in axis)
         self.forms = Forms(axes, sizes, profile, itemsize, term.windows, dynamic, in_order)
-        self.shown = shown
+        passed_on = len(term.tensors) == 1 and [[i.name for i in a] for a in term.tensors[0].axes] == [*map(list, axes)]
+        self.shown = shown and not passed_on
         self.added = added
         self.awaited = awaited
         self.windows = term.windows

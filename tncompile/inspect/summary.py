@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tncompile.emit.file import Storage
 from tncompile.emit.microbatch import MicroBatches
 from tncompile.ir import Array, Network, Opaque, Program, Switch, Tensor, dims, networks_of
@@ -15,6 +17,7 @@ from tncompile.passes.base import Context, PassReport
 from tncompile.passes.limit import peaks
 from tncompile.passes.plans import cost_of, dense_tree
 from tncompile.passes.positions import tables_of
+from tncompile.passes.rows import gather_seconds
 from tncompile.runtime.accuracy import CheckReport
 from tncompile.runtime.settle import Settled
 
@@ -29,6 +32,9 @@ class Cost:
     flops: float
     bytes: float
     seconds: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.seconds + other.seconds)
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ def summarize(
     file holds as what they were made of."""
     originals = {n.output.name: n for n in before.networks}
     decisions = {name: _headlines(name, passes) for name in originals}
-    tables = tables_of(before)
+    tables, tables_after = tables_of(before), tables_of(after)
     summaries, views = [], 0
     for node in after.nodes:
         if isinstance(node, Opaque):
@@ -228,7 +234,11 @@ def summarize(
         told = decisions.get(node.value.name, ())
         measured = _measured(node.value.name, passes)
         summary = _summary(original, node, told, context, as_parts, measured)
-        summaries.append(_with_tables(summary, original, gathered) if gathered else summary)
+        if gathered:
+            final = {t.name: (t, tables_after[t.name]) for t in node.operands if t.name in tables_after}
+            held = sum(_held(after, name, as_parts) for name in {name for _, (name, _) in final.values()})
+            summary = _with_tables(summary, original, gathered, final, held, context)
+        summaries.append(summary)
     return tuple(summaries), views
 
 
@@ -280,20 +290,56 @@ def _summary(
     )
 
 
+_Gathered = Mapping[str, tuple[Tensor, tuple[str, Array]]]
+"""Operands of a network that are rows of tables, with the tables' names and arrays."""
+
+
+def _held(program: Program, weight: str, as_parts: Collection[str]) -> int:
+    """Numbers of a weight in the file."""
+    made = program.made.get(weight)
+    return made.recipe.elements if made and made.recipe and weight in as_parts else program.weights[weight].size
+
+
 def _with_tables(
-    summary: NetworkSummary, network: Network, gathered: Mapping[str, tuple[Tensor, tuple[str, Array]]]
+    summary: NetworkSummary, network: Network, gathered: _Gathered, final: _Gathered, held: int, context: Context
 ) -> NetworkSummary:
-    """The summary of a network that reads rows of tables, which are weights of it too."""
+    """The summary of a network that reads rows of tables, which are weights of it too; `final` are those that it reads
+    after the passes, of which the file holds `held` numbers."""
     weights = {id(array): array for _, (_, array) in gathered.values()}
     places = {i.name for rows, _ in gathered.values() for axis in rows.axes[:-1] for i in axis}
     columns = [i.size for i in network.output.indices if i.name not in places and isinstance(i.size, int)]
     named = [f"{name}[rows of {array.shape[0]}]" for _, (name, array) in gathered.values()]
+    alone = len(gathered) == len(network.operands)
+    one = {"": next(iter(gathered.values()))}
+    costs = {}
+    for batch, ways in summary.costs.items():
+        naive, chosen = (_gathers(network, tables, context, batch) for tables in (gathered, final))
+        dense = _gathers(network, one, context, batch, math.prod(map(int, columns))) if alone else naive
+        costs[batch] = {
+            "naive": ways["naive"] + naive,
+            "dense": dense if alone else ways["dense"] + dense,
+            "chosen": ways["chosen"] + chosen,
+        }
     return replace(
         summary,
         cores=(*named, *summary.cores),
         parameters=summary.parameters + sum(array.size for array in weights.values()),
         dense_parameters=math.prod([*columns, *(array.shape[0] for _, (_, array) in gathered.values())]),
+        stored=summary.stored + held,
+        costs=costs,
     )
+
+
+def _gathers(network: Network, tables: _Gathered, context: Context, batch: int, width: int | None = None) -> Cost:
+    """What it takes to gather the rows that a network reads, or rows of another width."""
+    total = Cost(0.0, 0.0, 0.0)
+    itemsize = np.dtype(network.dtype).itemsize
+    for rows, (_, array) in tables.values():
+        count = math.prod(context.size(i.size, batch) for axis in rows.axes[:-1] for i in axis)
+        columns = array.shape[1] if width is None else width
+        seconds = gather_seconds(context, count, columns, itemsize)
+        total += Cost(0.0, 2.0 * count * columns * itemsize, seconds)
+    return total
 
 
 def _cases(node: Network | Switch) -> list[tuple[str, Network]]:

@@ -313,6 +313,22 @@ def _merged(cores: Sequence[Tensor], order: Tree, held: Mapping[str, int], dtype
     return Tensor(merged_name([c.name for c in cores]), tuple((i,) for i in keep), data, recipe, sources_of(cores))
 
 
+def in_order(core: Tensor, first: Iterable[Index]) -> Tensor:
+    """A core of one axis an index with those of its indices that `first` has behind the others, in that order."""
+    places = {index.name: place for place, index in enumerate(first)}
+    order = sorted(range(len(core.axes)), key=lambda axis: places.get(core.indices[axis].name, -1))
+    return permuted(core, order)
+
+
+def permuted(core: Tensor, order: Sequence[int]) -> Tensor:
+    """A core with its indices in another order, one axis for each."""
+    indices, recipe = core.indices, core.recipe
+    if recipe is not None:
+        kept = len(recipe.kept) == len(indices)
+        recipe = Recipe(recipe.term, tuple(recipe.kept[k] for k in order)) if kept else None
+    return replace(core, axes=tuple((indices[k],) for k in order), data=core.array().transpose(order), recipe=recipe)
+
+
 def merged_name(names: Sequence[str]) -> str:
     """``fc.factor_0*factor_1`` for the product of ``fc.factor_0`` and ``fc.factor_1``."""
     parts = list(dict.fromkeys(part for name in names for part in _factors_of(name)))
