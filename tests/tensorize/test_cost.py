@@ -85,8 +85,12 @@ def test_rows_of_a_factored_table_cost_a_product_and_those_of_a_dense_one_nothin
     assert predictor.seconds(site) == (0.0, 0.0)
     times = predictor.seconds(site, low_rank(site, 8))
     assert 0 < times[0] < times[1]
-    train = MatrixTrain.from_dense(site.matrix, ((20, 25), (8, 8)), Ranks(given=4))
-    assert predictor.seconds(site, Replacement(site, train))[1] > 0
+    train = Replacement(site, MatrixTrain.from_dense(site.matrix, ((20, 25), (8, 8)), Ranks(given=4)))
+    assert predictor.seconds(site, train) == (0.0, 0.0)  # its cores are the one table again when it is loaded
+    compact = Predictor(program, Context(batches=BATCHES, compact=True))
+    assert compact.seconds(site, train)[1] > 0
+    for chosen in (predictor, compact):
+        assert 4 * train.factorized.parameters <= chosen.cost(site, train).bytes < site.matrix.nbytes
 
 
 def test_what_is_as_fast_dense_is_predicted_so() -> None:

@@ -165,7 +165,7 @@ class Predictor:
                 for positions, count in plan.held:  # windows that are written out follow after the tensors
                     made_of = tuple(names[p] if p < len(names) else (network.output.name, p) for p in positions)
                     held[made_of] = itemsize * count
-        rows = sum(array.nbytes for array in program.weights.values())
+        rows = sum(_stored(program, name) for name in program.weights)
         return Cost(tuple(map(float, seconds)), sum(held.values()) + rows)
 
     def _passes(self, program: Program) -> Sequence[Pass]:
@@ -246,3 +246,9 @@ def _opened(term: Term, weight: str, value: str) -> Term:
     """A term that reads a value in the place of a weight."""
     tensors = (Tensor(value, t.axes) if t.is_core and t.name == weight else t for t in term.tensors)
     return replace(term, tensors=tuple(tensors))
+
+
+def _stored(program: Program, weight: str) -> int:
+    """Bytes of a weight in the file, which holds one that is made of smaller cores as those."""
+    array, made = program.weights[weight], program.made.get(weight)
+    return array.nbytes if made is None or made.recipe is None else made.recipe.elements * array.itemsize
